@@ -1,0 +1,24 @@
+# Two commands for a fresh machine with Python 3.10 or later: `make demo` and `make test`.
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO := Dataset/demo
+
+.PHONY: demo test
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -r requirements.txt
+	touch $@
+
+demo: .venv/ready
+	$(PY) preprocessing/demo_cohort.py --raw $(DEMO)/raw
+	$(PY) preprocessing/preprocess_oasis.py --raw $(DEMO)/raw --processed $(DEMO)/processed
+	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-cae --model cae --steps 400
+	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-dae --model dae --steps 700
+	$(PY) evaluation/evaluate.py --run runs/demo-cae --data $(DEMO)/processed/test
+	$(PY) evaluation/evaluate.py --run runs/demo-dae --data $(DEMO)/processed/test --maps
+	$(PY) evaluation/compare.py runs/demo-cae/evaluation runs/demo-dae/evaluation
+	@echo "Simulated scans. Error maps: runs/demo-dae/evaluation/error_maps and runs/demo-cae/evaluation/error_maps"
+
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m pytest

@@ -1,0 +1,88 @@
+"""The convolutional autoencoders. `MODELS` names them; both map slices (B, 1, H, W) in [0, 1] to slices.
+
+cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw the unknown.
+dae  a denoising U-Net: trained to undo corruptions of healthy slices (Kascenas et al., MIDL 2022; Naval Marimont et
+     al., "DISYRE", 2024), it takes an anomaly for one more corruption and draws the healthy tissue instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def convolution_block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm, SiLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.SiLU(),
+    )
+
+
+class ConvolutionalAutoencoder(nn.Module):
+    """Encoder that halves the resolution down to 4x4-cell maps, a dense latent, and the mirrored decoder.
+
+    size    pixels along each side of a slice, a multiple of 16
+    width   channels of the first level; they double at each of the next three
+    latent  numbers that a slice is squeezed into; far fewer than its pixels, or the identity is learned
+    """
+
+    corrupted = False  # trained with input = target
+
+    def __init__(self, size: int = 128, width: int = 32, latent: int = 64):
+        super().__init__()
+        widths = [width, width * 2, width * 4, width * 8]
+        self.deepest = (widths[-1], size // 16, size // 16)
+        cells = self.deepest[0] * self.deepest[1] * self.deepest[2]
+        pairs = list(zip([1, *widths[:-1]], widths, strict=True))
+        self.encoder = nn.Sequential(*(convolution_block(i, o, stride=2) for i, o in pairs))
+        self.to_latent = nn.Linear(cells, latent)
+        self.from_latent = nn.Linear(latent, cells)
+        decoder = []
+        for deeper, shallower in zip(widths[::-1], [*widths[-2::-1], width], strict=True):
+            decoder += [nn.Upsample(scale_factor=2, mode="nearest"), convolution_block(deeper, shallower)]
+        self.decoder = nn.Sequential(*decoder)
+        self.to_slice = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        latent = self.to_latent(self.encoder(slices).flatten(1))
+        return self.to_slice(self.decoder(self.from_latent(latent).unflatten(1, self.deepest)))
+
+
+class DenoisingUNet(nn.Module):
+    """U-Net on 2x2-pixel cells: at half resolution the same compute sees four times the slices.
+
+    size   unused by the network itself (it is convolutional); kept so that both models are made alike
+    width  channels of the first level; they double at each of the `depth - 1` next
+    """
+
+    corrupted = True  # trained to undo corruption
+
+    def __init__(self, size: int = 128, width: int = 32, depth: int = 4):
+        super().__init__()
+        widths = [width * 2**level for level in range(depth)]
+        self.stem = nn.PixelUnshuffle(2)
+        self.down = nn.ModuleList()
+        for i, o in zip([4, *widths[:-1]], widths, strict=True):
+            self.down.append(nn.Sequential(convolution_block(i, o), convolution_block(o, o)))
+        self.up = nn.ModuleList()
+        for deeper, shallower in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.up.append(
+                nn.Sequential(convolution_block(deeper + shallower, shallower), convolution_block(shallower, shallower))
+            )
+        self.to_slice = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        x, skips = self.stem(slices), []
+        for level, block in enumerate(self.down):
+            x = block(F.avg_pool2d(x, 2) if level else x)
+            skips.append(x)
+        skips.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()], dim=1))
+        return slices + self.to_slice(x)
+
+
+MODELS = {"cae": ConvolutionalAutoencoder, "dae": DenoisingUNet}

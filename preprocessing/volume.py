@@ -1,0 +1,248 @@
+"""One scan <-> its axial stack in [0, 1].
+
+Everything here works in canonical RAS order: axis 0 runs left to right, axis 1 posterior to anterior, axis 2 inferior
+to superior. `read_volume` brings a file there, `cut_stack` makes the axial stack of it, and `restore_to_grid` takes a
+map over the stack back to the file's own voxels. A slice's first axis runs posterior to anterior and its second left
+to right, so `imshow(slice, origin="lower")` shows the nose up and the subject's right on the right.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
+
+from preprocessing.scans import DataError
+
+STRIPPED_BRAIN_ML = 2200  # no brain is larger, no head smaller
+SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
+BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
+SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans look like 2 mm ones
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan in canonical RAS order.
+
+    values      (X, Y, Z) float32, the scanner's arbitrary units
+    affine      (4, 4) voxel to scanner mm, of the file as stored
+    axes        three letters, where the file's stored axes point to ("PSR")
+    shape       the file's stored shape, three numbers
+    spacing_mm  voxel size along left-right, posterior-anterior, inferior-superior
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+    axes: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a NIfTI or Analyze file into canonical RAS order. Raises DataError with the cure for a bad file."""
+    try:
+        image = nib.load(path)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) != 3:
+            raise DataError(f"{path}: has {len(shape)} dimensions {shape}, not 3; save one volume of it as a file")
+        if min(shape) < 2:
+            raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
+        values = np.asanyarray(image.dataobj, dtype=np.float32).reshape(shape)
+    except DataError:
+        raise
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({str(error) or type(error).__name__}); copy it again") from error
+    if not np.isfinite(values).all():
+        if not np.isfinite(values).any():
+            raise DataError(f"{path}: holds no finite value; convert it again from its source")
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    orientation = io_orientation(image.affine)
+    spacing = np.asarray(nib.affines.voxel_sizes(image.affine), dtype=float)
+    canonical_spacing = np.empty(3)
+    canonical_spacing[orientation[:, 0].astype(int)] = spacing
+    return Volume(
+        values=apply_orientation(values, orientation),
+        affine=image.affine,
+        axes="".join(nib.orientations.ornt2axcodes(orientation)),
+        shape=tuple(int(n) for n in shape),
+        spacing_mm=tuple(float(round(s, 5)) for s in canonical_spacing),
+    )
+
+
+def read_mask(path: Path, volume: Volume) -> np.ndarray:
+    """Read a mask of this volume as (X, Y, Z) bool in canonical order; DataError where it does not fit the scan."""
+    mask = read_volume(path)
+    if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
+        raise DataError(
+            f"{path}: shape {mask.shape} and affine do not fit its scan ({volume.shape}); resample it onto the scan"
+        )
+    return mask.values > 0
+
+
+def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
+    """Find what to look at in a scan that has no brain mask: (mask (X, Y, Z) bool, whether the skull is off).
+
+    A skull-stripped scan has one constant outside and what is left is no larger than a brain. Otherwise the whole
+    head is taken: what lies above Otsu's threshold, closed and filled.
+    """
+    values = volume.values
+    faces = np.concatenate([values[i].ravel() for i in (0, -1)] + [values[:, i].ravel() for i in (0, -1)])
+    background = np.median(faces)
+    voxel_ml = np.prod(volume.spacing_mm) / 1000
+    inside = values != background
+    if inside.sum() * voxel_ml < STRIPPED_BRAIN_ML:
+        return ndimage.binary_fill_holes(inside), True
+    from skimage.filters import threshold_otsu  # imported here: only unstripped heads without a mask need it
+
+    # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
+    inside = ndimage.binary_opening(values > threshold_otsu(values) / 2, iterations=2)
+    inside = ndimage.binary_closing(inside, iterations=3)
+    return ndimage.binary_fill_holes(inside), False
+
+
+def keep_middle(holds: np.ndarray, keep: float) -> np.ndarray:
+    """Indices of the middle `keep` (0 to 1] of the slices from the first to the last that holds something."""
+    held = np.flatnonzero(holds)
+    extent = held[-1] - held[0] + 1
+    count = max(1, round(keep * extent))
+    return held[0] + (extent - count) // 2 + np.arange(count)
+
+
+def resampling_weights(
+    n_in: int, spacing_in: float, centre_in: float, n_out: int, spacing_out: float, centre_out: float, width: float
+) -> np.ndarray:
+    """(n_out, n_in) weights of a 1-D linear resampling: a tent of half-width `width` (mm) about each output sample.
+
+    Both axes run the same way and `centre_in` and `centre_out` (in samples) are one place in space. Rows sum to 1, but
+    are 0 where the output lies outside the input.
+    """
+    place_in = (np.arange(n_in) - centre_in) * spacing_in
+    place_out = (np.arange(n_out) - centre_out) * spacing_out
+    weights = np.maximum(0, 1 - np.abs(place_out[:, None] - place_in[None, :]) / width)
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    inside = (place_out >= place_in[0] - spacing_in / 2) & (place_out <= place_in[-1] + spacing_in / 2)
+    return (weights * inside[:, None]).astype(np.float32)
+
+
+def scale_intensity(values: np.ndarray) -> tuple[float, float]:
+    """The scanner values (low, high) that become 0 and 1, from the brain's values by robust percentiles."""
+    low, high = np.percentile(values, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float):
+    """Cut a scan into its axial stack.
+
+    brain     (X, Y, Z) bool; skull_off: whether `brain` is the brain alone, so that slices are counted within it
+    keep      the share of axial slices kept, the middle ones
+    size      pixels along each side; fov_mm: their extent in mm, centred on the brain
+
+    Returns (stack (n, size, size) float16 in [0, 1], 0 outside the brain and above 0 inside, record), where record is
+    a dict of plain numbers: all that `restore_to_grid` and `cut_mask` need to find the same pixels again.
+    """
+    area_mm2 = brain.sum(axis=(0, 1)) * volume.spacing_mm[0] * volume.spacing_mm[1]
+    holds = area_mm2 >= SLICE_HOLDS_BRAIN_MM2
+    if not holds.any():
+        raise DataError("its brain mask is empty; make the mask again")
+    indices = keep_middle(holds if skull_off else np.ones_like(holds), keep)
+    in_plane = [np.flatnonzero(brain[:, :, indices].any(axis=axes)) for axes in ((1, 2), (0, 2))]
+    if not all(len(i) for i in in_plane):
+        raise DataError("no brain in the slices kept; check its orientation and its mask")
+    inside = volume.values[brain]
+    low, high = scale_intensity(inside)
+    if not high > low:
+        raise DataError("is constant inside the brain; convert it again from its source")
+    record = {
+        "shape": list(volume.shape),
+        "affine": volume.affine.tolist(),
+        "axes": volume.axes,
+        "spacing_mm": list(volume.spacing_mm),
+        "centre": [float(i[0] + i[-1]) / 2 for i in in_plane],
+        "pixel_mm": fov_mm / size,
+        "size": size,
+        "slices": [int(i) for i in indices],
+        "scale": [low, high],
+        "skull_off": bool(skull_off),
+    }
+    scaled = np.clip((volume.values - np.float32(low)) / np.float32(high - low), 0, 1) * brain
+    # Values are averaged over the brain alone, so that the rim does not fade into the background.
+    share = _resample(brain.astype(np.float32), record)
+    stack = _resample(scaled, record) / np.maximum(share, 1e-6)
+    return np.where(share > 0.5, np.clip(stack, BRAIN_FLOOR, 1), 0).astype(np.float16), record
+
+
+def cut_mask(mask: np.ndarray, record: dict) -> np.ndarray:
+    """The (n, size, size) uint8 stack of a lesion mask (X, Y, Z) over the pixels that `record` describes."""
+    return (_resample(mask.astype(np.float32), record) > 0.5).astype(np.uint8)
+
+
+def restore_to_grid(stack: np.ndarray, record: dict) -> np.ndarray:
+    """Take a map over the stack, (n, size, size) with NaN outside the brain, to the scan's stored grid (I, J, K).
+
+    Linear within the slice; NaN where nothing was scored: outside the brain, the field of view or the kept slices.
+    """
+    canonical_shape = _canonical_shape(record)
+    scored = np.isfinite(stack)
+    weights = [
+        resampling_weights(
+            record["size"],
+            record["pixel_mm"],
+            (record["size"] - 1) / 2,
+            canonical_shape[axis],
+            record["spacing_mm"][axis],
+            record["centre"][axis],
+            record["pixel_mm"],
+        )
+        for axis in (0, 1)
+    ]
+    share = _apply(scored.astype(np.float32), weights[1], weights[0])
+    values = _apply(np.where(scored, stack, 0).astype(np.float32), weights[1], weights[0])
+    canonical = np.full(canonical_shape, np.nan, dtype=np.float32)
+    # Half a pixel is enough: a brain voxel at the rim takes the value of the brain pixels beside it.
+    canonical[:, :, record["slices"]] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).transpose(
+        2, 1, 0
+    )
+    return apply_orientation(canonical, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(record["axes"])))
+
+
+def _canonical_shape(record: dict) -> list[int]:
+    order = axcodes2ornt(record["axes"])[:, 0].astype(int)
+    shape = [0, 0, 0]
+    for stored_axis, canonical_axis in enumerate(order):
+        shape[canonical_axis] = record["shape"][stored_axis]
+    return shape
+
+
+def _resample(values: np.ndarray, record: dict) -> np.ndarray:
+    """(X, Y, Z) -> (n, size, size): the kept slices on the pixel grid, at least SLICE_THICKNESS_MM thick."""
+    spacing, size, pixel = record["spacing_mm"], record["size"], record["pixel_mm"]
+    weights = [
+        resampling_weights(
+            values.shape[axis],
+            spacing[axis],
+            record["centre"][axis],
+            size,
+            pixel,
+            (size - 1) / 2,
+            max(pixel, spacing[axis]),
+        )
+        for axis in (0, 1)
+    ]
+    depth = values.shape[2]
+    across = resampling_weights(depth, spacing[2], 0, depth, spacing[2], 0, max(SLICE_THICKNESS_MM, spacing[2]))
+    across = across[record["slices"]]
+    used = np.flatnonzero(across.any(axis=0))
+    planes = _apply(values[:, :, used].transpose(2, 1, 0), weights[1], weights[0])
+    return np.tensordot(across[:, used], planes, axes=1)
+
+
+def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Resample each plane: rows @ plane @ columns.T."""
+    return np.matmul(np.matmul(rows, planes), columns.T)

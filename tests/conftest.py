@@ -1,0 +1,58 @@
+"""A tiny demo cohort, made and sliced once a session; every test that needs scans uses it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from preprocessing.demo_cohort import make_cohort
+from preprocessing.preprocess_oasis import main as preprocess
+
+SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    """A raw folder of simulated scans at 4 mm: 3 training, 2 validation, 2 + 2 test."""
+    folder = tmp_path_factory.mktemp("cohort") / "raw"
+    make_cohort(folder, train=3, val=2, test_normal=2, test_abnormal=2, voxel_size=4.0, seed=0, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processed(raw) -> Path:
+    """Its slices, SIZE pixels a side."""
+    folder = raw.with_name("processed")
+    assert preprocess(["--raw", str(raw), "--processed", str(folder), "--size", str(SIZE), "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(processed) -> Path:
+    """A short training of the default model."""
+    from training.train import main as train
+
+    folder = processed.with_name("run")
+    assert train(["--data", str(processed), "--run", str(folder), *TINY]) == 0
+    return folder
+
+
+TINY = ["--steps", "12", "--batch-size", "5", "--width", "8", "--depth", "3", "--device", "cpu", "--precision", "fp32"]
+
+
+def make_head(shape=(40, 48, 44), spacing=(4.0, 4.0, 4.0), seed=0) -> nib.Nifti1Image:
+    """A lopsided ellipsoid 'brain' in RAS with texture, 0 outside: every axis and side can be told apart."""
+    grid = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+    x, y, z = np.meshgrid(*grid, indexing="ij")
+    inside = (x / 62) ** 2 + (y / 80) ** 2 + (z / 60) ** 2 < 1
+    values = 500 + 2.0 * x + 1.0 * y + 1.5 * z
+    values += 150 * np.exp(-((x - 25) ** 2 + (y - 30) ** 2 + (z - 10) ** 2) / 300)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = [g[0] for g in grid]
+    return nib.Nifti1Image(np.where(inside, values, 0).astype(np.float32), affine)

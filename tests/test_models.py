@@ -1,0 +1,184 @@
+"""Models, corruption, anomaly maps and checkpoints."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from models.anomaly import (
+    calibrate,
+    map_anomalies,
+    map_brightness,
+    reconstruct,
+    score_mse,
+    score_scan,
+    score_slices,
+    smooth_residual,
+)
+from models.autoencoder import MODELS
+from models.checkpoint import CheckpointError, build_model, load_model, save_checkpoint
+from training.corruption import corrupt, vary_appearance
+
+
+def make_slices(count=6, size=32, seed=0):
+    """Textured discs: (count, 1, size, size) in [0, 1], 0 outside."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    disc = np.hypot(x, y) < size * 0.4
+    values = 0.5 + 0.2 * np.sin(x / 3) * np.cos(y / 4) + 0.02 * rng.normal(size=(count, size, size))
+    return torch.from_numpy(np.where(disc, values, 0).astype(np.float32)).unsqueeze(1)
+
+
+CONFIGS = [{"model": "cae", "size": 32, "width": 8, "latent": 6}, {"model": "dae", "size": 32, "width": 8, "depth": 3}]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["model"])
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_shapes_and_gradients(config, batch):
+    model = build_model(config).train()
+    slices = make_slices(batch)
+    output = model(slices)
+    assert output.shape == slices.shape
+    ((output - slices) ** 2).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        if batch > 1:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_bottleneck_is_far_smaller_than_the_input():
+    model = MODELS["cae"]()
+    assert model.to_latent.out_features * 100 < 128 * 128
+
+
+@pytest.mark.parametrize("spoil", [vary_appearance, corrupt])
+def test_corruption_keeps_the_conventions_and_repeats(spoil):
+    slices = make_slices(16, 64)
+    first = spoil(slices, torch.Generator().manual_seed(1))
+    again = spoil(slices, torch.Generator().manual_seed(1))
+    other = spoil(slices, torch.Generator().manual_seed(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == slices.shape
+    assert first.min() == 0
+    assert first.max() <= 1
+    assert torch.isfinite(first).all()
+    if spoil is corrupt:
+        assert torch.equal(first > 0, slices > 0), "the brain stays the brain"
+        assert (first != slices).flatten(1).any(1).float().mean() > 0.5
+
+
+def test_reconstruct_any_batch_size_gives_the_same():
+    model = build_model(CONFIGS[1]).eval()
+    stack = make_slices(7)[:, 0].numpy()
+    a, b = (reconstruct(model, stack, batch_size=size) for size in (2, 7))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert (a[stack == 0] == 0).all()
+
+
+def test_mse_by_hand():
+    stack = np.zeros((2, 4, 4), np.float32)
+    stack[:, 1:3, 1:3] = 0.5
+    reconstruction = stack.copy()
+    reconstruction[1, 1, 1] = 0.1  # one of four brain pixels is 0.4 off
+    reconstruction[1, 0, 0] = 9.0  # outside the brain: does not count
+    np.testing.assert_allclose(score_mse(stack, reconstruction), [0, 0.16 / 4], atol=1e-7)
+
+
+def healthy_and_lesion(size=48, depth=10):
+    rng = np.random.default_rng(0)
+    stack = np.repeat(make_slices(1, size)[0].numpy(), depth, axis=0)
+    reconstruction = np.where(stack > 0, stack + 0.02 * rng.normal(size=stack.shape), 0).astype(np.float32)
+    lesion = np.zeros(stack.shape, bool)
+    lesion[4:7, 20:26, 22:28] = True
+    return stack, reconstruction, lesion
+
+
+def test_a_planted_lesion_stands_out_of_its_surroundings():
+    stack, reconstruction, lesion = healthy_and_lesion()
+    calibration = calibrate([smooth_residual(stack, reconstruction, (2.0, 1.5))])
+    healthy = map_anomalies(stack, reconstruction, (2.0, 1.5), calibration)
+    sick = map_anomalies(np.where(lesion, stack - 0.25, stack), reconstruction, (2.0, 1.5), calibration)
+    assert np.isnan(sick[stack == 0]).all()
+    assert np.isfinite(sick[stack > 0]).all()
+    assert np.median(sick[lesion]) > 5 * np.nanmedian(sick[~lesion])
+    scores = score_slices(sick)
+    assert scores[4:7].min() > scores[[0, 1, 2, 8, 9]].max()
+    assert score_scan(sick) > 2 * score_scan(healthy)
+    assert lesion[np.unravel_index(np.nanargmax(sick), sick.shape)]
+
+
+def test_calibration_divides_by_what_healthy_scans_show_there():
+    stack, _, _ = healthy_and_lesion()
+    noisy_half = np.zeros(stack.shape, np.float32)
+    noisy_half[:, :, : stack.shape[2] // 2] = 1
+    rng = np.random.default_rng(1)
+    residuals = []
+    for _ in range(6):
+        error = rng.normal(size=stack.shape) * (0.01 + 0.05 * noisy_half)
+        residuals.append(smooth_residual(stack, np.where(stack > 0, stack + error, 0), (2.0, 1.5)))
+    calibration = calibrate(residuals)
+    offset = np.where(stack > 0, stack - 0.1, 0)
+    anomaly = map_anomalies(stack, offset, (2.0, 1.5), calibration)
+    middle = slice(stack.shape[2] // 4, stack.shape[2] // 4 + 3), slice(-stack.shape[2] // 4 - 3, -stack.shape[2] // 4)
+    quiet, noisy = np.nanmedian(anomaly[:, 20:28, middle[1]]), np.nanmedian(anomaly[:, 20:28, middle[0]])
+    assert quiet > 2 * noisy
+
+
+def test_brightness_ranks_by_hand():
+    stack = np.zeros((1, 2, 3), np.float32)
+    stack[0, 0] = [0.2, 0.4, 0.4]
+    stack[0, 1, 0] = 0.9
+    np.testing.assert_allclose(map_brightness(stack)[0], [[0.25, 0.75, 0.75], [1, np.nan, np.nan]])
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil-was-here", "w"))
+
+
+def test_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_model(CONFIGS[0])
+    content = {"config": CONFIGS[0], "weights": model.state_dict(), "rows": [{"loss": 0.5}]}
+    save_checkpoint(tmp_path / "a.pt", content)
+    save_checkpoint(tmp_path / "b.pt", content)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    loaded, read = load_model(tmp_path / "a.pt")
+    slices = make_slices(2)
+    assert torch.equal(loaded(slices), model.eval()(slices))
+    assert read["rows"] == [{"loss": 0.5}]
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_model(tmp_path / "none.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"cut\.pt"):
+        load_model(tmp_path / "cut.pt")
+    save_checkpoint(tmp_path / "other.pt", content | {"config": CONFIGS[0] | {"latent": 7}})
+    with pytest.raises(CheckpointError, match=r"other\.pt"):
+        load_model(tmp_path / "other.pt")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
+        load_model(tmp_path / "evil.pt")
+    torch.save({"config": Evil()}, tmp_path / "evil2.pt")
+    with pytest.raises(CheckpointError, match=r"evil2\.pt"):
+        load_model(tmp_path / "evil2.pt")
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    import os
+
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,69 @@
+"""The scripts run from anywhere, end user errors in one line, and the folders depend on each other one way only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
+    "evaluation/compare.py",
+]  # fmt: skip
+MAY_IMPORT = {
+    "preprocessing": {"preprocessing"},
+    "models": {"models"},
+    "training": {"training", "models", "preprocessing"},
+    "evaluation": {"evaluation", "models", "preprocessing"},
+}
+
+
+def run_script(*arguments, cwd):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_by_path_and_as_module(script, tmp_path):
+    by_path = run_script(PROJECT / script, "--help", cwd=tmp_path)
+    as_module = run_script("-m", script.removesuffix(".py").replace("/", "."), "--help", cwd=PROJECT)
+    for result in (by_path, as_module):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["preprocessing/preprocess_oasis.py", "--raw", "nowhere"], 1, "nowhere: no such folder"),
+        (["preprocessing/preprocess_oasis.py", "--keep", "7"], 2, "--keep"),
+        (["training/train.py", "--data", "nowhere"], 1, "preprocess_oasis.py first"),
+        (["training/train.py", "--steps", "0"], 2, "--steps"),
+        (["evaluation/evaluate.py", "--run", "nowhere", "--data", "nowhere"], 1, "preprocess_oasis.py first"),
+        (["evaluation/compare.py", "nowhere"], 1, "metrics.json"),
+    ],
+)
+def test_user_errors_end_in_one_line(arguments, code, words, tmp_path):
+    result = run_script(PROJECT / arguments[0], *arguments[1:], cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    if code == 1:
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_folders_depend_one_way_and_scripts_are_not_imported():
+    scripts = {script.removesuffix(".py").replace("/", ".") for script in SCRIPTS}
+    for folder, allowed in MAY_IMPORT.items():
+        for path in (PROJECT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = []
+                if isinstance(node, ast.ImportFrom):
+                    modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+                elif isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names]
+                for module in modules:
+                    top = module.split(".")[0]
+                    assert top not in MAY_IMPORT or top in allowed, f"{path} imports {module}"
+                    assert module not in scripts, f"{path} imports the script {module}"

@@ -1,0 +1,161 @@
+"""What the denoising model is asked to undo, and the many looks that a healthy slice can have.
+
+`vary_appearance` makes of a healthy slice another healthy slice, as a different scanner or subject would give it; the
+model is shown it both as input and as target, so that it learns to leave such differences alone. `corrupt` then spoils
+the input only: coarse noise (Kascenas et al., MIDL 2022), painted blobs of graded strength, foreign tissue and local
+warps (after Naval Marimont et al., "DISYRE", 2024). All of it is general on purpose: no lesion is imitated.
+
+Slices are (B, 1, H, W) float32 in [0, 1] with the background at 0; every function draws from the generator it is given,
+on the generator's device, so a seed gives the same batch again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+FLOOR = 1e-3  # brain pixels stay above 0
+
+
+def vary_appearance(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Healthy slices as other scanners and subjects would give them, in [0, 1], background 0."""
+    b = len(slices)
+    x = _move(slices, generator)
+    brain = (x > 0).float()
+    peak = _peak(x)
+    # contrast: a monotone curve through 0 and 1; bias field; then the peak back to where it was, about
+    x = x.clamp(min=FLOOR) ** torch.exp(_normal((b, 1, 1, 1), generator) * 0.25)
+    x = x * torch.exp(_smooth_noise(x.shape, (3,), generator) * _uniform((b, 1, 1, 1), 0, 0.12, generator))
+    x = x * (peak / _peak(x * brain)) * (1 + _normal((b, 1, 1, 1), generator) * 0.03)
+    # resolution: about half of the slices are blurred; noise: on half of the slices
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, blurred, _uniform((b, 1, 1, 1), -0.8, 0.8, generator).clamp(min=0))
+    x = x + _normal(x.shape, generator) * _uniform((b, 1, 1, 1), -0.03, 0.03, generator).clamp(min=0)
+    return x.clamp(FLOOR, 1) * _vary_rim(brain, generator)
+
+
+def corrupt(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The slices with something wrong in them: what the model must undo. Same shape, in [0, 1], background 0."""
+    x = slices
+    for spoil, share in CORRUPTIONS:
+        chosen = torch.randperm(len(x), generator=generator, device=x.device)[: round(share * len(x))]
+        x = x.index_copy(0, chosen, spoil(x[chosen], generator))
+    return torch.where(slices > 0, x.clamp(FLOOR, 1), 0)
+
+
+def add_coarse_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gaussian noise on a coarse grid, drawn out to the slice; here of mixed grain and strength."""
+    return x + _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform((len(x), 1, 1, 1), 0.02, 0.2, generator)
+
+
+def paint_blob(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blend something else into a blob: a flat or mottled grey, a change of brightness, a blur, or foreign tissue."""
+    b = len(x)
+    blob = _draw_blob(x, generator)
+    blurred = F.avg_pool2d(x, 7, 1, 3) / F.avg_pool2d((x > 0).float(), 7, 1, 3).clamp(min=0.1)
+    level = _uniform((b, 1, 1, 1), 0, 1.1, generator)
+    mottle = _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform((b, 1, 1, 1), 0, 0.15, generator)
+    grey = level + mottle + (x - blurred) * _uniform((b, 1, 1, 1), 0, 1, generator)
+    brighter = x + _normal((b, 1, 1, 1), generator) * 0.25 + mottle
+    foreign = x.roll(1, 0).flip(-2)
+    foreign = torch.where(foreign > 0, foreign, level)
+    kind = _uniform((b, 1, 1, 1), 0, 1, generator)
+    other = torch.where(kind < 0.5, grey, torch.where(kind < 0.75, brighter, torch.where(kind < 0.9, foreign, blurred)))
+    return torch.lerp(x, other, blob * _uniform((b, 1, 1, 1), 0.2, 1, generator))
+
+
+def warp_locally(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Push tissue away from a place or pull it in, by up to about 10 pixels."""
+    b, _, h, w = x.shape
+    rows, columns = _offsets_from_a_place(x, x.shape, generator)
+    radius = 5 * 4 ** _uniform((b, 1, 1, 1), 0, 1, generator)
+    pull = _uniform((b, 1, 1, 1), -0.6, 0.9, generator) * torch.exp(-(rows**2 + columns**2) / (2 * radius**2))
+    ys = torch.linspace(-1, 1, h, device=x.device).view(1, h, 1) - (pull * rows).squeeze(1) * (2 / (h - 1))
+    xs = torch.linspace(-1, 1, w, device=x.device).view(1, 1, w) - (pull * columns).squeeze(1) * (2 / (w - 1))
+    grid = torch.stack([xs.expand(b, h, w), ys.expand(b, h, w)], -1)
+    warped = F.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    return torch.where(warped > FLOOR, warped, x)
+
+
+# each is done to its share of the slices, one after the other; a few slices stay as they are
+CORRUPTIONS = (
+    (warp_locally, 0.25),
+    (paint_blob, 0.5),
+    (paint_blob, 0.5),
+    (paint_blob, 0.25),
+    (add_coarse_noise, 0.5),
+)
+
+
+def _uniform(shape, low, high, generator):
+    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
+
+
+def _normal(shape, generator):
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _peak(x):
+    return F.avg_pool2d(x, 4).amax((-2, -1), keepdim=True).clamp(min=0.05)
+
+
+def _smooth_noise(shape, grains, generator):
+    """(B, 1, H, W) noise of about unit variance, a random mix of grids of so many cells drawn out to the slice."""
+    b, finest = shape[0], (grains[-1], grains[-1])
+    share = _uniform((len(grains), b, 1, 1, 1), 0.05, 1, generator)
+    share = share / share.square().sum(0, keepdim=True).sqrt()
+    grids = [_normal((b, 1, cells, cells), generator) for cells in grains]
+    grids = [F.interpolate(grid, size=finest, mode="bilinear", align_corners=True) for grid in grids]
+    mixed = sum(s * grid for s, grid in zip(share, grids, strict=True))
+    return F.interpolate(mixed, size=tuple(shape[-2:]), mode="bilinear", align_corners=True)
+
+
+def _move(x, generator):
+    """Mirror left and right, turn, scale, shift: half of the slices are mirrored, all are moved a little."""
+    b = len(x)
+    angle = _normal((b,), generator) * 0.07
+    scale = torch.exp(_normal((2, b), generator) * 0.05)
+    mirror = torch.sign(_uniform((b,), -1, 1, generator))
+    shift = _normal((2, b), generator) * 0.02
+    theta = torch.stack(
+        [
+            torch.stack([mirror * angle.cos() * scale[0], -angle.sin() * scale[1], shift[0]], 1),
+            torch.stack([mirror * angle.sin() * scale[0], angle.cos() * scale[1], shift[1]], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    moved = F.grid_sample(torch.cat([x, (x > 0).float()], 1), grid, align_corners=False)
+    values, brain = moved[:, :1], moved[:, 1:]
+    return (values / brain.clamp(min=0.5)).clamp(min=FLOOR) * (brain > 0.5)  # the rim does not fade
+
+
+def _vary_rim(brain, generator):
+    """Brain masks differ between tools: some slices lose 1 or 2 pixels of their rim."""
+    eroded = -F.max_pool2d(-brain, 3, 1, 1)
+    twice = -F.max_pool2d(-eroded, 3, 1, 1)
+    draw = _uniform((len(brain), 1, 1, 1), 0, 1, generator)
+    return torch.where(draw < 0.6, brain, torch.where(draw < 0.85, eroded, twice))
+
+
+def _offsets_from_a_place(x, shape, generator):
+    """Rows and columns, in pixels of x, from a random brain pixel of each slice, on a grid of this shape."""
+    b, (height, width), (h, w) = len(x), x.shape[-2:], shape[-2:]
+    place = torch.multinomial((x.flatten(1) > 0) + 1e-6, 1, generator=generator).view(b, 1, 1, 1)
+    rows = torch.linspace(0, height - 1, h, device=x.device).view(1, 1, h, 1) - place // width
+    columns = torch.linspace(0, width - 1, w, device=x.device).view(1, 1, 1, w) - place % width
+    return rows, columns
+
+
+def _draw_blob(x, generator):
+    """Soft irregular blobs, each at a random place of the brain: (B, 1, H, W) in [0, 1]; made at half resolution."""
+    b, _, h, w = x.shape
+    half = (b, 1, h // 2, w // 2)
+    rows, columns = _offsets_from_a_place(x, half, generator)
+    radius = 1.5 * 16 ** _uniform((b, 1, 1, 1), 0, 1, generator)  # 1.5 to 24 pixels
+    stretch = torch.exp(_normal((b, 1, 1, 1), generator) * 0.3)
+    distance = torch.sqrt((rows * stretch) ** 2 + (columns / stretch) ** 2) / radius
+    ragged = _smooth_noise(half, (6, 12, 24), generator) * _uniform((b, 1, 1, 1), 0, 0.6, generator)
+    edge = _uniform((b, 1, 1, 1), 0.5, 1.5, generator) / radius
+    blob = torch.sigmoid((1 - distance + ragged) / edge) * (distance < 3)
+    return F.interpolate(blob, size=(h, w), mode="bilinear", align_corners=True)
