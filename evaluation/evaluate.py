@@ -7,9 +7,7 @@ folder: error_maps/*.png, scores.csv (slices), scans.csv, metrics.json, curves, 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from tqdm import tqdm
 from evaluation.metrics import VoxelCounts, auroc, average_precision
 from evaluation.report import draw_curves, draw_error_map, draw_histograms, write_map
 from models.anomaly import map_anomalies, map_brightness, reconstruct, score_mse, score_scan, score_slices
-from models.checkpoint import CheckpointError, load_model, write_atomically
+from models.artifacts import write_atomically, write_table
+from models.checkpoint import CheckpointError, load_model
 from preprocessing.scans import LABELS, DataError
 from preprocessing.slices import ScanSlices, check_same_geometry, list_scans
 
@@ -92,20 +91,23 @@ def score_examined(examined: Examined) -> tuple[list[dict], dict]:
     return rows, who | {"lesion_known": examined.lesion is not None} | {name: scan_scores[name] for name in DETECTORS}
 
 
-def measure(slices: list[dict], scans: list[dict], voxels: dict[str, VoxelCounts]) -> dict:
-    """All figures by detector. Slices that hold a lesion stand against all slices of normal scans.
+def pick_judged(slices: list[dict], scans: list[dict]) -> list[dict]:
+    """The slices that slice figures are about: those that hold a lesion, and all slices of normal scans.
 
     Where no lesion masks are known, every slice of an abnormal scan counts as abnormal.
     """
     masks_known = all(row["lesion_known"] for row in scans)
-    chosen = [
-        row for row in slices
-        if row["label"] == "normal" or not masks_known or row["lesion_voxels"] >= LESION_VOXELS
-    ]  # fmt: skip
+    return [
+        row for row in slices if row["label"] == "normal" or not masks_known or row["lesion_voxels"] >= LESION_VOXELS
+    ]
+
+
+def measure(judged: list[dict], scans: list[dict], voxels: dict[str, VoxelCounts]) -> dict:
+    """All figures by detector, from rows of slices and of scans and from counted voxels."""
     figures = {}
     for name in DETECTORS:
         figures[name] = {}
-        for level, rows in (("slice", chosen), ("scan", scans)):
+        for level, rows in (("slice", judged), ("scan", scans)):
             table = (
                 [row["label"] == "abnormal" for row in rows],
                 [row[name] for row in rows],
@@ -114,7 +116,7 @@ def measure(slices: list[dict], scans: list[dict], voxels: dict[str, VoxelCounts
             if any(table[0]) and not all(table[0]):
                 figures[name][f"{level}_auroc"] = auroc(*table)
                 figures[name][f"{level}_ap"] = average_precision(*table)
-        if masks_known and any(table[0]):
+        if all(row["lesion_known"] for row in scans) and any(table[0]):
             figures[name] |= voxels[name].figures()
     return figures
 
@@ -174,8 +176,10 @@ def evaluate(run: Path, data: Path, out: Path, maps: bool, panels: int, batch_si
         raise DataError(f"{data}: not one of its {len(scans)} scans could be read; preprocess again")
     write_table(out / "scores.csv", slice_rows)
     write_table(out / "scans.csv", scan_rows)
-    figures = measure(slice_rows, scan_rows, voxels)
-    draw_pictures(out, examiner, scans, slice_rows, scan_rows, voxels, panels)
+    judged = pick_judged(slice_rows, scan_rows)
+    figures = measure(judged, scan_rows, voxels)
+    draw_pictures(out, examiner, scans, slice_rows, voxels, panels)
+    draw_figures(out, judged, scan_rows)
     counts = {label: sum(row["label"] == label for row in scan_rows) for label in LABELS}
     counts |= {"slices": len(slice_rows), "subjects": len({row["subject"] for row in scan_rows}), "skipped": skipped}
     content = {"settings": settings, "run": str(run), "data": str(data), "counts": counts, "figures": figures}
@@ -190,11 +194,10 @@ def draw_pictures(
     examiner: Examiner,
     scans: list[ScanSlices],
     slice_rows: list[dict],
-    scan_rows: list[dict],
     voxels: dict[str, VoxelCounts],
     panels: int,
 ) -> None:
-    """Error maps of chosen slices, ROC and precision-recall curves, histograms."""
+    """Error maps of the chosen slices, all in the same colours."""
     tops = {"mse": 0.1, "score": 1.0}
     if voxels["score"].counts:
         tops = {name: voxels[name].quantile(0.999) for name in tops}
@@ -213,7 +216,11 @@ def draw_pictures(
             float(np.sqrt(tops["mse"])),
             tops["score"],
         )
-    for level, rows in (("slices", slice_rows), ("scans", scan_rows)):
+
+
+def draw_figures(out: Path, judged: list[dict], scan_rows: list[dict]) -> None:
+    """ROC and precision-recall curves and histograms of what the figures in metrics.json are about."""
+    for level, rows in (("slices", judged), ("scans", scan_rows)):
         labels = np.array([row["label"] == "abnormal" for row in rows])
         if labels.any() and not labels.all():
             scores = {title: np.array([row[name] for row in rows]) for name, title in DETECTORS.items()}
@@ -232,14 +239,6 @@ def print_figures(figures: dict) -> None:
             f"{title:32s}"
             + "".join(f"{v['value']:9.3f} ({v['low']:.3f}-{v['high']:.3f})"[-22:].rjust(22) for v in values)
         )
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,5 +274,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, OSError) as error:
         sys.exit(str(error))

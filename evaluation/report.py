@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from models.checkpoint import write_atomically
+from models.artifacts import write_figure
 from preprocessing.volume import restore_to_grid
 
 ANOMALY_COLOURS = "inferno"  # rises in lightness, so it reads in grey and for the colour-blind
@@ -56,7 +53,7 @@ def draw_error_map(
     )
     figure.colorbar(drawn_error, ax=axes[2], shrink=0.75, label="share of full intensity", extend="max")
     bar = plt.cm.ScalarMappable(drawn_anomaly.norm, ANOMALY_COLOURS)
-    figure.colorbar(bar, ax=axes[3], shrink=0.75, label="times the healthy residual", extend="max")
+    figure.colorbar(bar, ax=axes[3], shrink=0.75, label="times the usual residual", extend="max")
     names = ("slice", "reconstruction", "error", "anomaly map")
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name, fontsize=10)
@@ -68,7 +65,7 @@ def draw_error_map(
     if lesion is not None and lesion.any():
         for axis in axes[[0, 3]]:
             axis.contour(lesion, [0.5], colors="#56B4E9", linewidths=1)
-    save_figure(figure, path)
+    write_figure(path, figure)
 
 
 def draw_curves(path: Path, labels: np.ndarray, scores: dict[str, np.ndarray], what: str) -> None:
@@ -87,7 +84,7 @@ def draw_curves(path: Path, labels: np.ndarray, scores: dict[str, np.ndarray], w
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
-    save_figure(figure, path)
+    write_figure(path, figure)
 
 
 def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str]) -> None:
@@ -101,20 +98,13 @@ def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str]) -> No
                 axis.hist(values, edges, density=True, alpha=0.6, color=colour, label=f"{label} ({len(values)})")
         axis.set(xlabel=name, ylabel="density")
         axis.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 def write_map(path: Path, anomaly: np.ndarray, record: dict) -> None:
     """Write an anomaly map (n, H, W), NaN outside the brain, as NIfTI on its scan's own grid and affine."""
     image = nib.Nifti1Image(restore_to_grid(anomaly, record), np.array(record["affine"]))
-    image.header["descrip"] = "anomaly map, times the healthy residual"
+    image.header["descrip"] = "anomaly map, times the usual residual"
     image.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")

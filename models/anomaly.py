@@ -1,11 +1,12 @@
 """The way from a reconstruction to an anomaly map to a score: one path for every model.
 
-    residual = slice - reconstruction            signed, in units of the slice's [0, 1]
-    anomaly map = |smoothed residual|, over the whole stack, divided by what healthy scans show at that place
-    slice score = mean of the worst share of the slice's brain; scan score likewise over the stack
+    residual     slice - reconstruction, signed, in units of the slice's [0, 1], smoothed over the stack
+    anomaly map  |residual| / what healthy scans show of that sign at that place / the scan's median of the same
+    score        of a slice, the mean over the worst share of its brain; of a scan, likewise over its stack
 
 Stacks are (n, H, W) with the background at 0, so `stack > 0` is the brain. What healthy scans show (`calibrate`) comes
-from validation scans alone and travels in model.pt.
+from validation scans alone and travels in model.pt. The division by the scan's own median makes maps of scans with
+more noise or other contrast comparable: a value of 10 is ten times what is usual in this scan.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in the plane and across slices
 RIM_PIXELS = 3.0  # the brain's rim, where masks differ and partial volume rules, is faded in over this
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
+PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
 WORST_IN_SLICE = 0.03  # share of the brain whose mean anomaly is the slice's score
 WORST_IN_SCAN = 0.01
 
@@ -49,7 +51,7 @@ def score_mse(stack: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
 
 
 def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """|residual| after smoothing its signed value within the brain: (n, H, W) float32, 0 outside the brain.
+    """The signed residual smoothed within the brain: (n, H, W) float32, 0 outside the brain.
 
     Noise changes its sign from pixel to pixel and cancels; a lesion keeps its sign. `spacing_mm`: between slices,
     between pixels.
@@ -59,44 +61,43 @@ def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: t
     residual = (stack.astype(np.float32) - reconstruction) * brain
     smoothed = ndimage.gaussian_filter(residual, sigma, truncate=3)
     share = ndimage.gaussian_filter(brain, sigma, truncate=3)
-    rim = np.stack([ndimage.distance_transform_edt(plane) for plane in brain])
-    return np.abs(smoothed) / np.maximum(share, 0.1) * brain * np.clip(rim / RIM_PIXELS, 0, 1)
-
-
-def place_levels(count: int) -> np.ndarray:
-    """(count,) where each kept slice stands between the lowest (0) and the highest (LEVELS - 1)."""
-    return np.linspace(0, LEVELS - 1, count)
+    rim = np.stack([ndimage.distance_transform_edt(plane) for plane in brain]).astype(np.float32)
+    return smoothed / np.maximum(share, 0.1) * brain * np.clip(rim / RIM_PIXELS, 0, 1)
 
 
 def calibrate(residuals: list[np.ndarray]) -> dict:
-    """What healthy scans show: the mean smoothed residual at each place, (LEVELS, H, W), and its mean over the brain.
+    """What healthy scans show: {"expected": (2, LEVELS, H, W)}, the root mean square of the residual's positive part
+    (0) and of its negative part (1) at each place, for `map_anomalies`.
 
     residuals: one stack (n, H, W) a healthy scan, 0 outside its brain, as `smooth_residual` gives them.
     """
-    total = np.zeros((LEVELS, *residuals[0].shape[1:]), dtype=np.float32)
-    weight = np.zeros_like(total)
+    total = np.zeros((2, LEVELS, *residuals[0].shape[1:]), dtype=np.float32)
+    weight = np.zeros_like(total[0])
     for residual in residuals:
-        level = np.rint(place_levels(len(residual))).astype(int)
-        np.add.at(total, level, residual)
-        np.add.at(weight, level, residual > 0)
-    # few scans stand behind a pixel, so neighbours are asked too, and the overall mean counts as a few scans
-    sigma = (1, 4, 4)
-    overall = total.sum() / max(weight.sum(), 1)
-    expected = (ndimage.gaussian_filter(total, sigma) + 0.5 * overall) / (ndimage.gaussian_filter(weight, sigma) + 0.5)
-    return {"expected": torch.from_numpy(expected), "overall": float(overall)}
+        level = np.rint(np.linspace(0, LEVELS - 1, len(residual))).astype(int)
+        for sign, part in enumerate((residual, -residual)):
+            np.add.at(total[sign], level, np.maximum(part, 0) ** 2)
+        np.add.at(weight, level, residual != 0)
+    # few scans stand behind a pixel, so neighbours are asked too, and the overall mean counts for half a scan
+    overall = total.sum(axis=(1, 2, 3), keepdims=True) / max(weight.sum(), 1)
+    weight = ndimage.gaussian_filter(weight, PLACE_SMOOTHING) + 0.5
+    expected = np.stack([ndimage.gaussian_filter(part, PLACE_SMOOTHING) for part in total]) + 0.5 * overall
+    return {"expected": torch.from_numpy(np.sqrt(expected / weight))}
 
 
 def map_anomalies(
     stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
 ) -> np.ndarray:
-    """The anomaly map (n, H, W) float32: how many times the healthy residual at that place; NaN outside the brain."""
+    """The anomaly map (n, H, W) float32, in times the scan's usual residual; NaN outside the brain."""
+    brain = stack > 0
     residual = smooth_residual(stack, reconstruction, spacing_mm)
     expected = calibration["expected"].numpy()
-    position = place_levels(len(stack))
+    position = np.linspace(0, LEVELS - 1, len(stack))
     below = np.minimum(position.astype(int), LEVELS - 2)
     share = (position - below).astype(np.float32)[:, None, None]
-    expected = expected[below] * (1 - share) + expected[below + 1] * share
-    return np.where(stack > 0, residual / expected, np.nan)
+    expected = expected[:, below] * (1 - share) + expected[:, below + 1] * share
+    anomaly = np.abs(residual) / np.where(residual > 0, expected[0], expected[1])
+    return np.where(brain, anomaly / max(float(np.median(anomaly[brain])), 1e-6), np.nan).astype(np.float32)
 
 
 def map_brightness(stack: np.ndarray) -> np.ndarray:

@@ -52,27 +52,28 @@ class ConvolutionalAutoencoder(nn.Module):
 
 
 class DenoisingUNet(nn.Module):
-    """U-Net on 2x2-pixel cells: at half resolution the same compute sees four times the slices.
+    """U-Net on cells of 4x4 pixels, which sees several times the slices in the same time; it draws the correction.
 
     size   unused by the network itself (it is convolutional); kept so that both models are made alike
     width  channels of the first level; they double at each of the `depth - 1` next
     """
 
     corrupted = True  # trained to undo corruption
+    cell = 4
 
-    def __init__(self, size: int = 128, width: int = 32, depth: int = 4):
+    def __init__(self, size: int = 128, width: int = 64, depth: int = 3):
         super().__init__()
         widths = [width * 2**level for level in range(depth)]
-        self.stem = nn.PixelUnshuffle(2)
+        self.stem = nn.PixelUnshuffle(self.cell)
         self.down = nn.ModuleList()
-        for i, o in zip([4, *widths[:-1]], widths, strict=True):
+        for i, o in zip([self.cell**2, *widths[:-1]], widths, strict=True):
             self.down.append(nn.Sequential(convolution_block(i, o), convolution_block(o, o)))
         self.up = nn.ModuleList()
         for deeper, shallower in zip(widths[:0:-1], widths[-2::-1], strict=True):
             self.up.append(
                 nn.Sequential(convolution_block(deeper + shallower, shallower), convolution_block(shallower, shallower))
             )
-        self.to_slice = nn.Sequential(nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2))
+        self.to_slice = nn.Sequential(nn.Conv2d(width, self.cell**2, 3, padding=1), nn.PixelShuffle(self.cell))
 
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
         x, skips = self.stem(slices), []

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from models.artifacts import write_atomically
 from models.autoencoder import MODELS
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message is one line that names the file and the cure."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside and rename: a file of this name is always a whole one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -118,5 +118,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(str(error))

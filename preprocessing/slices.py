@@ -149,7 +149,8 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
         for index, values in zip(indices, stack, strict=True):
             np.save(partial / name_slice(index), values, allow_pickle=False)
         if record is not None:
-            (partial / "scan.json").write_text(json.dumps(record, indent=1))
+            lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+            (partial / "scan.json").write_text(f"{{\n{lines}\n}}\n")
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(partial, folder)

@@ -8,8 +8,6 @@ The same command again goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import platform
@@ -22,9 +20,6 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -32,8 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.anomaly import calibrate, reconstruct, smooth_residual
+from models.artifacts import write_atomically, write_figure, write_table
 from models.autoencoder import MODELS
-from models.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint, write_atomically
+from models.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from preprocessing.scans import DataError, refuse_leaks
 from preprocessing.slices import ScanSlices, SliceDataset, check_same_geometry, list_scans
 from training.corruption import corrupt, vary_appearance
@@ -216,7 +212,7 @@ class Trainer:
         for key in LOG_COLUMNS[2:]:
             board.add_scalar(key, row[key], self.step)
         save_checkpoint(run / "last.pt", self.state())
-        write_log(run / "log.csv", self.rows)
+        write_table(run / "log.csv", self.rows)
         draw_curves(run / "curves.png", self.rows)
 
     def finish(self, run: Path) -> None:
@@ -251,15 +247,7 @@ class Trainer:
                 axis.imshow(values, cmap="gray", origin="lower", vmin=0, vmax=1)
                 axis.axis("off")
             line[0].set_title(title, loc="left", fontsize=9)
-        save_figure(figure, path)
-
-
-def write_log(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode())
+        write_figure(path, figure)
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
@@ -270,14 +258,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     axis.set(xlabel="optimiser step", ylabel="loss (MSE in the brain)", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 def choose_precision(device: torch.device) -> str:
@@ -336,11 +317,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed"), help="slices of preprocess_oasis.py")
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this training")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
-    parser.add_argument("--width", type=int, default=32, help="channels of the first level; they double level by level")
-    parser.add_argument("--depth", type=int, default=4, help="levels of the dae")
+    parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
+    parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
-    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps; the learning rate's schedule follows")
-    parser.add_argument("--batch-size", type=int, default=32, help="slices a step")
+    parser.add_argument("--steps", type=int, default=5600, help="optimiser steps; the learning rate's schedule follows")
+    parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="share of subjects set aside without val/normal"
@@ -352,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where native")
     args = parser.parse_args(argv)
     for name in ("width", "depth", "latent", "steps", "batch_size", "lr"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0")
     if not 0 < args.val_fraction < 1:
         parser.error("--val-fraction lies between 0 and 1")
@@ -360,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
-    network = {"model": args.model, "width": args.width}
+    network = {"model": args.model, "width": args.width or {"dae": 64, "cae": 32}[args.model]}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     config = {
         "data": str(args.data), "network": network, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
@@ -374,5 +355,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, OSError) as error:
         sys.exit(str(error))
