@@ -13,11 +13,16 @@ from pathlib import Path
 COLUMNS = {
     "voxel_ap": "voxel AP",
     "best_dice": "best Dice (upper bound)",
+    "dice": "Dice at calibrated threshold",
     "slice_auroc": "slice AUROC",
     "scan_auroc": "scan AUROC",
 }
 DETECTORS = {"score": "anomaly map", "mse": "plain MSE"}
-BASELINES = {"bright": "intensity threshold, bright", "dark": "intensity threshold, dark"}
+BASELINES = {
+    "bright": "intensity threshold, bright",
+    "dark": "intensity threshold, dark",
+    "deviation": "z-score of intensity",
+}
 
 
 def read_metrics(folder: Path) -> dict:
@@ -29,7 +34,7 @@ def read_metrics(folder: Path) -> dict:
 
 
 def format_table(named: dict[str, dict]) -> str:
-    """The Markdown table of {name: metrics}; the intensity threshold is the same in all and stands first."""
+    """The Markdown table of {name: metrics}; the baselines are hardly touched by the model and stand first."""
     rows = [(title, next(iter(named.values()))["figures"][key]) for key, title in BASELINES.items()]
     for name, metrics in named.items():
         rows += [(f"{name}, {title}", metrics["figures"][key]) for key, title in DETECTORS.items()]

@@ -70,17 +70,25 @@ class VoxelCounts:
             row[:, [column[key] for key in mine]] = np.array(list(mine.values())).T
         return (np.array(bins, dtype=np.int32) << BIN_BITS).view(np.float32), table
 
-    def figures(self) -> dict:
-        """Voxel AP, best Dice (over thresholds, so an upper bound), its threshold, and the prevalence of lesions."""
+    def figures(self, threshold: float | None = None) -> dict:
+        """Voxel AP, best Dice (over thresholds, so an upper bound), its threshold, and the prevalence of lesions.
+
+        With a threshold chosen beforehand, also `dice` at that threshold.
+        """
         thresholds, table = self.table()
         pooled = table.sum(axis=0)
-        return {
+        figures = {
             "voxel_ap": {"value": float(counted_average_precision(pooled))}
             | _interval(counted_average_precision, table),
             "best_dice": {"value": float(best_dice(pooled))} | _interval(best_dice, table),
             "best_dice_threshold": float(thresholds[counted_dice(pooled).argmax()]),
             "prevalence": float(pooled[1].sum() / pooled.sum()),
         }
+        if threshold is not None:
+            last = max(0, int((thresholds >= threshold).sum()) - 1)
+            figures["dice"] = {"value": float(counted_dice(pooled)[last])}
+            figures["dice"] |= _interval(lambda counts: counted_dice(counts)[..., last], table)
+        return figures
 
     def quantile(self, share: float) -> float:
         """The score that this share of all voxels does not exceed."""

@@ -12,7 +12,6 @@ import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from models.artifacts import write_figure
-from preprocessing.volume import restore_to_grid
 
 ANOMALY_COLOURS = "inferno"  # rises in lightness, so it reads in grey and for the colour-blind
 LABEL_COLOURS = {"normal": "#0072B2", "abnormal": "#D55E00"}
@@ -101,9 +100,9 @@ def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str]) -> No
     write_figure(path, figure)
 
 
-def write_map(path: Path, anomaly: np.ndarray, record: dict) -> None:
-    """Write an anomaly map (n, H, W), NaN outside the brain, as NIfTI on its scan's own grid and affine."""
-    image = nib.Nifti1Image(restore_to_grid(anomaly, record), np.array(record["affine"]))
+def write_map(path: Path, anomaly: np.ndarray, affine: np.ndarray) -> None:
+    """Write an anomaly map on its scan's own grid, (I, J, K) with NaN where nothing was scored, as NIfTI."""
+    image = nib.Nifti1Image(anomaly, affine)
     image.header["descrip"] = "anomaly map, times the usual residual"
     image.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@
     anomaly map  |residual| / what healthy scans show of that sign at that place / the scan's median of the same
     score        of a slice, the mean over the worst share of its brain; of a scan, likewise over its stack
 
+    p-value      conformal: how often a healthy scan scores as high
+
 Stacks are (n, H, W) with the background at 0, so `stack > 0` is the brain. What healthy scans show (`calibrate`) comes
-from validation scans alone and travels in model.pt. The division by the scan's own median makes maps of scans with
-more noise or other contrast comparable: a value of 10 is ten times what is usual in this scan.
+from validation scans alone, needs no lesions, and travels in model.pt. The division by the scan's own median makes maps
+of scans with more noise or other contrast comparable: a value of 10 is ten times what is usual in this scan.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in t
 RIM_PIXELS = 3.0  # the brain's rim, where masks differ and partial volume rules, is faded in over this
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
 PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
+VOXELS_FLAGGED = 0.002  # share of a healthy brain above the calibrated voxel threshold
 WORST_IN_SLICE = 0.03  # share of the brain whose mean anomaly is the slice's score
 WORST_IN_SCAN = 0.01
 
@@ -65,39 +68,100 @@ def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: t
     return smoothed / np.maximum(share, 0.1) * brain * np.clip(rim / RIM_PIXELS, 0, 1)
 
 
-def calibrate(residuals: list[np.ndarray]) -> dict:
-    """What healthy scans show: {"expected": (2, LEVELS, H, W)}, the root mean square of the residual's positive part
-    (0) and of its negative part (1) at each place, for `map_anomalies`.
+def calibrate(stacks: list[np.ndarray], residuals: list[np.ndarray]) -> dict:
+    """What healthy validation scans show, for maps, thresholds and p-values.
 
-    residuals: one stack (n, H, W) a healthy scan, 0 outside its brain, as `smooth_residual` gives them.
+    stacks, residuals  one (n, H, W) each a scan, 0 outside its brain; residuals as `smooth_residual` gives them
+
+    Returns a dict of tensors:
+    expected      (2, LEVELS, H, W) root mean square of the residual's positive (0) and negative (1) part by place
+    intensity     (2, LEVELS, H, W) mean and standard deviation of the slices' values by place (`map_deviation`)
+    scan_scores   (scans,) and slice_scores (slices,) sorted
+    threshold     () the anomaly above which VOXELS_FLAGGED of a healthy brain lies
+
+    Each scan is mapped with what the others show, for its own residuals would make it look more usual than a new one.
     """
-    total = np.zeros((2, LEVELS, *residuals[0].shape[1:]), dtype=np.float32)
-    weight = np.zeros_like(total[0])
-    for residual in residuals:
-        level = np.rint(np.linspace(0, LEVELS - 1, len(residual))).astype(int)
-        for sign, part in enumerate((residual, -residual)):
-            np.add.at(total[sign], level, np.maximum(part, 0) ** 2)
-        np.add.at(weight, level, residual != 0)
-    # few scans stand behind a pixel, so neighbours are asked too, and the overall mean counts for half a scan
-    overall = total.sum(axis=(1, 2, 3), keepdims=True) / max(weight.sum(), 1)
-    weight = ndimage.gaussian_filter(weight, PLACE_SMOOTHING) + 0.5
-    expected = np.stack([ndimage.gaussian_filter(part, PLACE_SMOOTHING) for part in total]) + 0.5 * overall
-    return {"expected": torch.from_numpy(np.sqrt(expected / weight))}
+    totals = sum(_sum_by_place(residual) for residual in residuals)
+    scan_scores, slice_scores, sample = [], [], []
+    for stack, residual in zip(stacks, residuals, strict=True):
+        others = np.maximum(totals - _sum_by_place(residual), 0)
+        anomaly = _divide_by_usual(residual, stack > 0, _expect(others))
+        scan_scores.append(score_scan(anomaly))
+        slice_scores.extend(score_slices(anomaly))
+        sample.append(np.quantile(anomaly[stack > 0], np.linspace(0, 1, 10001)))
+    calibration = {
+        "expected": _expect(totals),
+        "intensity": _describe_intensity(stacks),
+        "scan_scores": np.sort(scan_scores),
+        "slice_scores": np.sort(slice_scores),
+        "threshold": np.quantile(sample, 1 - VOXELS_FLAGGED),
+    }
+    return {key: torch.tensor(value, dtype=torch.float32) for key, value in calibration.items()}
 
 
 def map_anomalies(
     stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
 ) -> np.ndarray:
     """The anomaly map (n, H, W) float32, in times the scan's usual residual; NaN outside the brain."""
-    brain = stack > 0
     residual = smooth_residual(stack, reconstruction, spacing_mm)
-    expected = calibration["expected"].numpy()
-    position = np.linspace(0, LEVELS - 1, len(stack))
-    below = np.minimum(position.astype(int), LEVELS - 2)
-    share = (position - below).astype(np.float32)[:, None, None]
-    expected = expected[:, below] * (1 - share) + expected[:, below + 1] * share
-    anomaly = np.abs(residual) / np.where(residual > 0, expected[0], expected[1])
-    return np.where(brain, anomaly / max(float(np.median(anomaly[brain])), 1e-6), np.nan).astype(np.float32)
+    return _divide_by_usual(residual, stack > 0, calibration["expected"].numpy())
+
+
+def map_deviation(stack: np.ndarray, spacing_mm: tuple[float, float], calibration: dict) -> np.ndarray:
+    """A baseline that needs no training: |z-score| of the smoothed slice against healthy ones at that place.
+
+    (n, H, W) float32, NaN outside the brain.
+    """
+    mean, deviation = _at_levels(calibration["intensity"].numpy(), len(stack))
+    residual = smooth_residual(stack, mean * (stack > 0), spacing_mm)
+    return np.where(stack > 0, np.abs(residual) / deviation, np.nan).astype(np.float32)
+
+
+def give_p_values(scores: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+    """Conformal p-values (Vovk et al., 2005): (1 + how many healthy scores are as high) / (1 + how many there are).
+
+    scores (n,), healthy (m,) sorted. If a new healthy scan is like those of the calibration, p <= alpha happens to it
+    with a probability of at most alpha; p is never below 1 / (m + 1).
+    """
+    as_high = len(healthy) - np.searchsorted(healthy, scores, side="left")
+    return (1 + as_high) / (1 + len(healthy))
+
+
+def count_needed(false_alarms: float) -> int:
+    """How many healthy validation scans a p-value of this size needs."""
+    return int(np.ceil(1 / false_alarms - 1e-9)) - 1
+
+
+def find_regions(anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float) -> list[dict]:
+    """Connected regions of a map on a scan's grid (I, J, K) at or above the threshold, the largest first.
+
+    Each with its volume (ml), its centre of mass in scanner mm (RAS+), its highest and its mean anomaly.
+    """
+    labels, count = ndimage.label(np.nan_to_num(anomaly, nan=-1) >= threshold)
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    indices = np.arange(1, count + 1)
+    volumes = np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
+    indices = indices[volumes >= smallest_ml]
+    values = np.nan_to_num(anomaly)
+    centres = (
+        np.array(ndimage.center_of_mass(values, labels, indices)).reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
+    )
+    regions = [
+        {
+            "volume_ml": float(volumes[index - 1]),
+            **{f"{axis}_mm": float(place) for axis, place in zip("xyz", centre, strict=True)},
+            "peak": float(peak),
+            "mean": float(mean),
+        }
+        for index, centre, peak, mean in zip(
+            indices,
+            centres,
+            ndimage.maximum(values, labels, indices),
+            ndimage.mean(values, labels, indices),
+            strict=True,
+        )
+    ]
+    return sorted(regions, key=lambda region: -region["volume_ml"])
 
 
 def map_brightness(stack: np.ndarray) -> np.ndarray:
@@ -128,3 +192,56 @@ def _mean_of_worst(values: np.ndarray, share: float) -> float:
         return 0.0
     count = max(1, round(share * len(values)))
     return float(np.partition(values, -count)[-count:].mean())
+
+
+def _levels(count: int) -> np.ndarray:
+    """(count,) where each kept slice stands between the lowest (0) and the highest (LEVELS - 1)."""
+    return np.linspace(0, LEVELS - 1, count)
+
+
+def _at_levels(places: np.ndarray, count: int) -> np.ndarray:
+    """What is known by place (..., LEVELS, H, W), drawn out to a stack's slices: (..., count, H, W)."""
+    below = np.minimum(_levels(count).astype(int), LEVELS - 2)
+    share = (_levels(count) - below).astype(np.float32)[:, None, None]
+    return places[..., below, :, :] * (1 - share) + places[..., below + 1, :, :] * share
+
+
+def _sum_by_place(residual: np.ndarray) -> np.ndarray:
+    """(3, LEVELS, H, W) sums over a stack: squared positive part, squared negative part, how many pixels."""
+    total = np.zeros((3, LEVELS, *residual.shape[1:]), dtype=np.float32)
+    level = np.rint(_levels(len(residual))).astype(int)
+    for part, values in enumerate((np.maximum(residual, 0) ** 2, np.minimum(residual, 0) ** 2, residual != 0)):
+        np.add.at(total[part], level, values)
+    return total
+
+
+def _expect(total: np.ndarray) -> np.ndarray:
+    """(2, LEVELS, H, W) root mean squares from `_sum_by_place` of some scans.
+
+    Few scans stand behind a pixel, so its neighbours are asked too, and the overall mean counts for half a scan.
+    """
+    overall = total[:2].sum(axis=(1, 2, 3), keepdims=True) / max(total[2].sum(), 1)
+    squares, weight = (ndimage.gaussian_filter(part, (0, *PLACE_SMOOTHING)) for part in (total[:2], total[2:]))
+    return np.sqrt((squares + 0.5 * overall) / (weight + 0.5))
+
+
+def _divide_by_usual(residual: np.ndarray, brain: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The anomaly map from a smoothed residual (n, H, W): by sign and place, and by the scan's own median."""
+    positive, negative = _at_levels(expected, len(residual))
+    anomaly = np.abs(residual) / np.where(residual > 0, positive, negative)
+    return np.where(brain, anomaly / max(float(np.median(anomaly[brain])), 1e-6), np.nan).astype(np.float32)
+
+
+def _describe_intensity(stacks: list[np.ndarray]) -> np.ndarray:
+    """(2, LEVELS, H, W) mean and standard deviation of healthy slices by place, from neighbouring brain pixels."""
+    total = np.zeros((3, LEVELS, *stacks[0].shape[1:]), dtype=np.float32)
+    for stack in stacks:
+        level = np.rint(_levels(len(stack))).astype(int)
+        values = stack.astype(np.float32)
+        for part, summand in enumerate((values, values**2, stack > 0)):
+            np.add.at(total[part], level, summand)
+    overall = total[:2].sum(axis=(1, 2, 3)) / max(total[2].sum(), 1)
+    values, squares, weight = ndimage.gaussian_filter(total, (0, 0.5, 1, 1))
+    mean = (values + 0.5 * overall[0]) / (weight + 0.5)
+    variance = (squares + 0.5 * overall[1]) / (weight + 0.5) - mean**2
+    return np.stack([mean, np.sqrt(np.maximum(variance, 1e-4))])

@@ -27,10 +27,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as CSV, the first row's keys as its columns; floats with six significant digits."""
+def write_table(path: Path, rows: list[dict], columns: tuple[str, ...] = ()) -> None:
+    """Write rows as CSV, floats with six significant digits; left out, the columns are the first row's keys."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, columns or rows[0])
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})

@@ -88,6 +88,7 @@ def test_intervals_are_over_subjects():
 def evaluation(run, processed, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
     command = ["--run", str(run), "--data", str(processed / "test"), "--out", str(out), "--maps", "--panels", "2"]
+    command += ["--smallest-ml", "0"]
     assert evaluate(command) == 0
     return out, command
 
@@ -100,7 +101,7 @@ def test_evaluation_is_complete(evaluation, processed):
     assert {(row["label"], row["scan"]) for row in rows} == {(scan.label, scan.name) for scan in scans}
     assert len(list(csv.DictReader((out / "scans.csv").open()))) == len(scans)
     figures = json.loads((out / "metrics.json").read_text())["figures"]
-    for detector in ("score", "mse", "bright", "dark"):
+    for detector in ("score", "mse", "bright", "dark", "deviation"):
         for name in ("slice_auroc", "scan_auroc", "slice_ap", "scan_ap", "voxel_ap", "best_dice"):
             assert 0 <= figures[detector][name]["value"] <= 1, (detector, name)
     pictures = sorted((out / "error_maps").glob("*.png"))
@@ -108,6 +109,29 @@ def test_evaluation_is_complete(evaluation, processed):
         assert any(path.name.startswith(kind) for path in pictures), kind
     for path in [*pictures, *out.glob("*.png")]:
         assert plt.imread(path)[..., :3].std() > 0.05, f"{path} is blank"
+
+
+def test_p_values_flags_and_regions_agree(evaluation, run):
+    out, _ = evaluation
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["calibration"]["normal_scans"] == 2
+    scans = list(csv.DictReader((out / "scans.csv").open()))
+    for row in scans:
+        assert float(row["p_value"]) >= 1 / 3 - 1e-6
+        assert row["flagged"] == "False", "two validation scans cannot give p <= 0.05"
+    for label in ("normal", "abnormal"):
+        assert content["flagged"][label] == {
+            "flagged": 0,
+            "scans": 2,
+            "low": 0.0,
+            "high": pytest.approx(0.842, abs=1e-3),
+        }
+    regions = list(csv.DictReader((out / "regions.csv").open()))
+    assert regions
+    for region in regions:
+        anomaly = nib.load(out / "maps" / region["label"] / f"{region['scan']}_anomaly.nii.gz")
+        assert float(region["peak"]) <= np.nanmax(anomaly.get_fdata()) * 1.001
+        assert float(region["mean"]) >= content["calibration"]["voxel_threshold"] * 0.999
 
 
 def test_metrics_agree_with_the_tables(evaluation):

@@ -5,9 +5,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from models.anomaly import (
     calibrate,
+    count_needed,
+    find_regions,
+    give_p_values,
     map_anomalies,
     map_brightness,
     reconstruct,
@@ -98,7 +102,7 @@ def healthy_and_lesion(size=48, depth=10):
 
 def test_a_planted_lesion_stands_out_of_its_surroundings():
     stack, reconstruction, lesion = healthy_and_lesion()
-    calibration = calibrate([smooth_residual(stack, reconstruction, (2.0, 1.5))])
+    calibration = calibrate([stack] * 2, [smooth_residual(stack, reconstruction, (2.0, 1.5))] * 2)
     healthy = map_anomalies(stack, reconstruction, (2.0, 1.5), calibration)
     sick = map_anomalies(np.where(lesion, stack - 0.25, stack), reconstruction, (2.0, 1.5), calibration)
     assert np.isnan(sick[stack == 0]).all()
@@ -119,12 +123,48 @@ def test_calibration_divides_by_what_healthy_scans_show_there():
     for _ in range(6):
         error = rng.normal(size=stack.shape) * (0.01 + 0.05 * noisy_half)
         residuals.append(smooth_residual(stack, np.where(stack > 0, stack + error, 0), (2.0, 1.5)))
-    calibration = calibrate(residuals)
+    calibration = calibrate([stack] * 6, residuals)
     offset = np.where(stack > 0, stack - 0.1, 0)
     anomaly = map_anomalies(stack, offset, (2.0, 1.5), calibration)
     middle = slice(stack.shape[2] // 4, stack.shape[2] // 4 + 3), slice(-stack.shape[2] // 4 - 3, -stack.shape[2] // 4)
     quiet, noisy = np.nanmedian(anomaly[:, 20:28, middle[1]]), np.nanmedian(anomaly[:, 20:28, middle[0]])
     assert quiet > 2 * noisy
+
+
+def test_conformal_p_values():
+    healthy = np.array([1.0, 2.0, 2.0, 5.0])
+    # worked by hand: (1 + how many are as high) / 5
+    np.testing.assert_allclose(give_p_values(np.array([0.5, 1, 2, 3, 5, 9]), healthy), np.array([5, 5, 4, 2, 2, 1]) / 5)
+    assert count_needed(0.05) == 19
+    assert count_needed(0.1) == 9
+
+
+def test_false_alarms_come_at_the_asked_rate():
+    rng = np.random.default_rng(0)
+    for rate in (0.05, 0.2):
+        flagged = [
+            (give_p_values(rng.gamma(3, size=1), np.sort(rng.gamma(3, size=39))) <= rate)[0] for _ in range(2000)
+        ]
+        interval = binomtest(int(np.sum(flagged)), len(flagged)).proportion_ci(0.99)
+        assert interval.low <= rate <= interval.high
+
+
+def test_regions_by_hand():
+    anomaly = np.full((20, 20, 20), np.nan, np.float32)
+    anomaly[2:18, 2:18, 2:18] = 1
+    anomaly[4:8, 4:8, 4:8] = 6  # 64 voxels of 2 x 2 x 3 mm: 0.768 ml
+    anomaly[5, 5, 5] = 9
+    anomaly[12:14, 12, 12] = 7  # 0.024 ml
+    affine = np.array([[0, 2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])
+    regions = find_regions(anomaly, affine, threshold=5, smallest_ml=0.1)
+    assert len(regions) == 1
+    assert regions[0]["volume_ml"] == pytest.approx(0.768)
+    assert regions[0]["peak"] == 9
+    assert regions[0]["mean"] == pytest.approx((63 * 6 + 9) / 64)
+    centre = [regions[0][f"{axis}_mm"] for axis in "xyz"]
+    np.testing.assert_allclose(centre, affine[:3] @ [5.5, 5.5, 5.5, 1], atol=0.05)
+    assert len(find_regions(anomaly, affine, threshold=5, smallest_ml=0)) == 2
+    assert find_regions(anomaly, affine, threshold=50, smallest_ml=0) == []
 
 
 def test_brightness_ranks_by_hand():

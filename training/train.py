@@ -219,17 +219,18 @@ class Trainer:
         """Take the best weights, calibrate them on the validation scans, and write model.pt."""
         self.model.load_state_dict(self.best["weights"])
         self.model.eval()
-        residuals = []
+        stacks, residuals = [], []
         for scan in tqdm(self.validation_scans, desc="calibrating", unit="scan", disable=None):
             stack = scan.read_stack()
             reconstruction = reconstruct(self.model, stack, self.device, self.config["batch_size"], self.precision)
             spacing = (scan.record["spacing_mm"][2], scan.record["pixel_mm"])
+            stacks.append(stack)
             residuals.append(smooth_residual(stack, reconstruction, spacing))
         self.draw_reconstructions(run / "reconstructions.png")
         content = {
             "config": self.config["network"],
             "weights": self.best["weights"],
-            "calibration": calibrate(residuals),
+            "calibration": calibrate(stacks, residuals),
         }
         content |= {"step": self.best["step"], "val_loss": self.best["val_loss"], "precision": self.config["precision"]}
         save_checkpoint(run / "model.pt", content)
