@@ -306,9 +306,10 @@ def print_figures(content: dict) -> None:
         print(f"{count['flagged']} of {count['scans']} {label} scans flagged at a false-alarm rate of {asked:g}")
     known = content["calibration"]["normal_scans"]
     if count_needed(asked) > known:
+        least = np.ceil(1000 / (known + 1)) / 1000
         print(
             f"no scan can be flagged at {asked:g}: that needs {count_needed(asked)} normal validation scans, the model "
-            f"has {known}; ask for --false-alarms {1 / (known + 1):.3f} or more, or validate on more scans"
+            f"has {known}; ask for --false-alarms {least:g} or more, or validate on more scans"
         )
 
 
