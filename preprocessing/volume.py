@@ -8,7 +8,6 @@ to right, so `imshow(slice, origin="lower")` shows the nose up and the subject's
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 
+from preprocessing.images import read_image
 from preprocessing.scans import DataError
 
 STRIPPED_BRAIN_ML = 2200  # no brain is larger, no head smaller
@@ -34,6 +34,7 @@ class Volume:
     axes        three letters, where the file's stored axes point to ("PSR")
     shape       the file's stored shape, three numbers
     spacing_mm  voxel size along left-right, posterior-anterior, inferior-superior
+    missing     (X, Y, Z) bool, voxels that are not a finite number in the file; None where all are
     """
 
     values: np.ndarray
@@ -41,49 +42,50 @@ class Volume:
     axes: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
+    missing: np.ndarray | None = None
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a NIfTI or Analyze file into canonical RAS order. Raises DataError with the cure for a bad file."""
-    try:
-        image = nib.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) != 3:
-            raise DataError(f"{path}: has {len(shape)} dimensions {shape}, not 3; save one volume of it as a file")
-        if min(shape) < 2:
-            raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
-        values = np.asanyarray(image.dataobj, dtype=np.float32).reshape(shape)
-    except DataError:
-        raise
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({str(error) or type(error).__name__}); copy it again") from error
-    if not np.isfinite(values).all():
-        if not np.isfinite(values).any():
-            raise DataError(f"{path}: holds no finite value; convert it again from its source")
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+def read_volume(path: Path, axes: str | None = None, doubted: str | None = None, index: int | None = None) -> Volume:
+    """Read a scan into canonical RAS order; the arguments are `read_image`'s. Raises DataError with the cure.
+
+    Voxels that are not finite become 0 and are listed in `missing`.
+    """
+    image = read_image(path, axes, doubted, index)
     orientation = io_orientation(image.affine)
-    spacing = np.asarray(nib.affines.voxel_sizes(image.affine), dtype=float)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.asfortranarray(apply_orientation(image.values, orientation), dtype=np.float32)
+    missing = None
+    if image.values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        if not finite.any():
+            raise DataError(f"{path}: holds no finite value; convert it again from its source")
+        if not finite.all():
+            missing = ~finite
+            values[missing] = 0
     canonical_spacing = np.empty(3)
-    canonical_spacing[orientation[:, 0].astype(int)] = spacing
+    canonical_spacing[orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
     return Volume(
-        values=apply_orientation(values, orientation),
+        values=values,
         affine=image.affine,
         axes="".join(nib.orientations.ornt2axcodes(orientation)),
-        shape=tuple(int(n) for n in shape),
+        shape=image.values.shape,
         spacing_mm=tuple(float(round(s, 5)) for s in canonical_spacing),
+        missing=missing,
     )
 
 
-def read_mask(path: Path, volume: Volume) -> np.ndarray:
+def read_mask(path: Path, volume: Volume, axes: str | None = None, doubted: str | None = None) -> np.ndarray:
     """Read a mask of this volume as (X, Y, Z) bool in canonical order; DataError where it does not fit the scan."""
-    mask = read_volume(path)
-    if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
+    mask = read_image(path, axes, doubted)
+    if mask.values.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
         raise DataError(
-            f"{path}: shape {mask.shape} and affine do not fit its scan ({volume.shape}); resample it onto the scan"
+            f"{path}: shape {mask.values.shape} and affine do not fit its scan ({volume.shape}); "
+            "resample it onto the scan"
         )
-    return mask.values > 0
+    inside = np.asfortranarray(apply_orientation(mask.values > 0, io_orientation(mask.affine)))
+    if not inside.any():
+        raise DataError(f"{path}: is empty; make the mask again or take it away")
+    return inside
 
 
 def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
@@ -155,6 +157,8 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     in_plane = [np.flatnonzero(brain[:, :, indices].any(axis=axes)) for axes in ((1, 2), (0, 2))]
     if not all(len(i) for i in in_plane):
         raise DataError("no brain in the slices kept; check its orientation and its mask")
+    if volume.missing is not None and (volume.missing & brain).any():
+        raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are no finite number; convert it again")
     inside = volume.values[brain]
     low, high = scale_intensity(inside)
     if not high > low:
