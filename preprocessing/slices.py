@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from preprocessing.scans import LABELS, DataError
 
-SAME_SETTINGS = ("format", "keep", "pixel_mm", "skull_off")  # slices that differ in one of these do not mix
+SAME_SETTINGS = ("format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
 
 
 @dataclass(frozen=True)
