@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def draw_contact_sheet(scans: list[ScanSlices], processed: Path) -> list[Path]:
                 axes.text(x, y, side, transform=axes.transAxes, color="orange", fontsize=7, ha="center", va="center")
         path = processed / ("qc.png" if start == 0 else f"qc-{start // (COLUMNS * ROWS) + 1}.png")
         unfinished = path.with_name(f".{path.name}")
-        figure.savefig(unfinished, dpi=110, format="png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks: a box stands for them
+            figure.savefig(unfinished, dpi=110, format="png")
         unfinished.replace(path)
         pages.append(path)
     return pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ MOST_VOXELS = 512**3  # 0.5 mm over 256 mm; float32 takes 0.5 GB of them
 SPACING_MM = (0.05, 20)  # of a voxel: what a brain scan can have
 DEFLATE_RATIO = 1032  # gzip makes nothing smaller than this
 CHUNK = 1 << 20  # bytes
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters about a header is said below, in one line
 
 
 class Image(NamedTuple):
@@ -90,12 +93,12 @@ def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, 
 
 
 def _find_affine(path: Path, image, shape: tuple, axes: str | None, doubted: str | None) -> np.ndarray:
-    header = image.header
-    zooms = np.abs(np.asarray(header.get_zooms()[:3], dtype=float))
+    zooms = _read_zooms(image)
     tells = _tells_orientation(image)
     affine = np.asarray(image.affine, dtype=float)
     if tells and np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
-        zooms = nib.affines.voxel_sizes(affine)
+        if not (isinstance(image, nib.Nifti1Pair) and image.header["sform_code"] == 0):
+            zooms = nib.affines.voxel_sizes(affine)
         tells = "".join(aff2axcodes(affine)) != doubted
     elif tells:
         raise DataError(f"{path}: its header's orientation matrix is singular; convert it again from its source")
@@ -107,6 +110,15 @@ def _find_affine(path: Path, image, shape: tuple, axes: str | None, doubted: str
     if axes is None:
         raise DataError(f"{path}: its header does not tell its orientation; say with --axes where its axes point to")
     return _make_affine(axes, shape, zooms)
+
+
+def _read_zooms(image) -> np.ndarray:
+    """Voxel sizes in mm as the header says them: nibabel has made 1 of 0 by now."""
+    if isinstance(image, nib.AnalyzeImage):  # NIfTI images are, too
+        holder = image.file_map["header" if "header" in image.file_map else "image"]
+        with holder.get_prepare_fileobj("rb") as file:
+            return np.abs(type(image.header).from_fileobj(file, check=False)["pixdim"][1:4].astype(float))
+    return np.asarray(image.header.get_zooms()[:3], dtype=float)
 
 
 def _tells_orientation(image) -> bool:

@@ -215,9 +215,12 @@ def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found
             left_out.append((path, "a label map, not a scan" if label else f"no scan of the layout {layout.name}"))
     scans = []
     for volumes in sessions.values():
-        best = min(volumes, key=lambda volume: volume[0])[1]  # the first of the best kind
-        scans.append(best)
-        left_out += [(other.path, f"its session is read from {best.path}") for _, other in volumes if other is not best]
+        rank, best = min(volumes, key=lambda volume: volume[0])  # the first of the best kind
+        for other_rank, other in volumes:
+            if other is best or (not layout.one_a_session and other_rank == rank):
+                scans.append(other)
+            else:
+                left_out.append((other.path, f"its session is read from {best.path}"))
     used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
     left_out += [(path, "a mask of no scan here") for path in masks - used]
     return sorted(scans), sorted(left_out)

@@ -67,6 +67,8 @@ def preprocess_scan(
         volume = read_volume(scan.path, scan.axes, scan.doubted, volume_index)
         rule = (volume, scan.axes, scan.doubted)
         brain, skull_off = (read_mask(scan.brain_mask, *rule), True) if scan.brain_mask else find_brain(volume)
+        if not brain.any():
+            raise DataError(f"{scan.path}: is the same everywhere, no brain is seen; convert it again from its source")
         fov = fov_mm or (200.0 if skull_off else 256.0)
         try:
             stack, geometry = cut_stack(volume, brain, skull_off, keep, size, fov)
@@ -87,7 +89,9 @@ def preprocess_scan(
         return "done", ""
     except MemoryError:
         return "skipped", f"{scan.path}: does not fit into memory; use fewer --workers"
-    except (DataError, OSError) as error:
+    except OSError as error:
+        return "skipped", f"{scan.path}: cannot be read ({error.strerror}); copy it again"
+    except DataError as error:
         return "skipped", " ".join(str(error).split())
 
 
@@ -221,7 +225,7 @@ def _read_splits(processed: Path) -> dict[str, str]:
     path = processed / "dataset.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["splits"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it") from error
@@ -287,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fov-mm is above 0")
     if min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6:
         parser.error("--split is three shares that sum to 1")
+    if args.workers < 1:
+        parser.error("--workers is at least 1")
     if args.volume is not None and args.volume < 0:
         parser.error("--volume counts from 0")
     try:
