@@ -147,38 +147,40 @@ def _make_affine(axes: str, shape: tuple, zooms: np.ndarray) -> np.ndarray:
 def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dtype: np.dtype) -> np.ndarray:
     """(count,) values after `skip` others from byte `start` of the file's content on.
 
-    Nothing is allocated that the file does not hold, whatever its header says.
+    No more is allocated than the file can hold, whatever its header says.
     """
     first, wanted, stored = start + skip * dtype.itemsize, count * dtype.itemsize, path.stat().st_size
     promised = start + volumes * wanted
     packed = path.name.lower().endswith((".gz", ".mgz"))
     if start < 0 or first + wanted > stored * (DEFLATE_RATIO if packed else 1):
         raise DataError(f"{path}: is truncated: {stored} bytes cannot hold what its header says; copy it again")
-    content, size = bytearray(), stored
+    content, size, filled = np.empty(wanted if packed else 0, np.uint8), stored, 0  # wanted is bounded by now
     if packed:
         size = 0
         for piece in _unpack(path):
-            content += piece[max(0, first - size) : max(0, first + wanted - size)]
+            part = memoryview(piece)[max(0, first - size) : max(0, first + wanted - size)]
+            content[filled : filled + len(part)] = part
+            filled += len(part)
             size += len(piece)
             if volumes > 1 and size >= first + wanted:
                 break  # a single volume is read to its end, where the checksum stands
-    if packed and len(content) < wanted:
-        raise DataError(f"{path}: is truncated: {len(content)} of {wanted} bytes; copy it again")
+    if packed and filled < wanted:
+        raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
     if size - promised > max(promised // 100, CHUNK // 16):
         raise DataError(f"{path}: holds {size} bytes where its header says {promised}; convert it again")
-    return np.frombuffer(content, dtype, count) if packed else np.fromfile(path, dtype, count, offset=first)
+    return content.view(dtype) if packed else np.fromfile(path, dtype, count, offset=first)
 
 
 def _unpack(path: Path):
     """The content of a gzip file in pieces, checksums verified."""
     with open(path, "rb") as file:
         unpacker = zlib.decompressobj(31)
-        packed = file.read(CHUNK // 4)
+        packed = file.read(CHUNK)
         while not unpacker.eof:
-            piece = unpacker.decompress(packed, 4 * CHUNK)
-            packed = unpacker.unconsumed_tail or (b"" if unpacker.eof else file.read(CHUNK // 4))
+            piece = unpacker.decompress(packed, CHUNK // 4)
+            packed = unpacker.unconsumed_tail or (b"" if unpacker.eof else file.read(CHUNK))
             if unpacker.eof:  # another member may follow, or zeros that fill up a tape's block
-                packed = (unpacker.unused_data + file.read(CHUNK // 4)).lstrip(b"\0")
+                packed = (unpacker.unused_data + file.read(CHUNK)).lstrip(b"\0")
                 if packed:
                     unpacker = zlib.decompressobj(31)
             elif not (piece or packed):
