@@ -97,15 +97,51 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
     faces = np.concatenate([values[i].ravel() for i in (0, -1)] + [values[:, i].ravel() for i in (0, -1)])
     background = np.median(faces)
     voxel_ml = np.prod(volume.spacing_mm) / 1000
-    inside = values != background
-    if inside.sum() * voxel_ml < STRIPPED_BRAIN_ML:
-        return ndimage.binary_fill_holes(inside), True
+    inside = (values != background).T  # (Z, Y, X): as most files store it
+    if np.count_nonzero(inside) * voxel_ml < STRIPPED_BRAIN_ML:
+        return fill_holes(inside).T, True
     from skimage.filters import threshold_otsu  # imported here: only unstripped heads without a mask need it
 
     # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
-    inside = ndimage.binary_opening(values > threshold_otsu(values) / 2, iterations=2)
-    inside = ndimage.binary_closing(inside, iterations=3)
-    return ndimage.binary_fill_holes(inside), False
+    inside = values.T > threshold_otsu(values.T) / 2
+    inside = grow(shrink(inside, 2), 2)
+    inside = shrink(grow(inside, 3), 3)
+    return fill_holes(inside).T, False
+
+
+def grow(inside: np.ndarray, voxels: int) -> np.ndarray:
+    """Dilate a mask over its faces, as `scipy.ndimage.binary_dilation` does, in a quarter of the time."""
+    for _ in range(voxels):
+        grown = inside.copy()
+        for axis in range(inside.ndim):
+            # Views with that axis first, so that both neighbours can be named.
+            to, by = np.moveaxis(grown, axis, 0), np.moveaxis(inside, axis, 0)
+            to[1:] |= by[:-1]
+            to[:-1] |= by[1:]
+        inside = grown
+    return inside
+
+
+def shrink(inside: np.ndarray, voxels: int) -> np.ndarray:
+    """Erode a mask over its faces; what lies beyond the volume counts as outside."""
+    for _ in range(voxels):
+        shrunk = inside.copy()
+        for axis in range(inside.ndim):
+            to, by = np.moveaxis(shrunk, axis, 0), np.moveaxis(inside, axis, 0)
+            to[1:] &= by[:-1]
+            to[:-1] &= by[1:]
+            to[[0, -1]] = False
+        inside = shrunk
+    return inside
+
+
+def fill_holes(inside: np.ndarray) -> np.ndarray:
+    """Fill what cannot be reached from outside over faces, as `scipy.ndimage.binary_fill_holes` does, only faster."""
+    box = find_box(inside.T)
+    labels, _ = ndimage.label(~np.pad(inside[box], 1))
+    filled = inside.copy()
+    filled[box] = (labels != labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    return filled
 
 
 def keep_middle(holds: np.ndarray, keep: float) -> np.ndarray:
