@@ -53,7 +53,7 @@ class Clinical:
             distance, _, row = min(near, key=lambda one: one[:2])
             return row if distance <= CDR_WITHIN_DAYS else None
         exact = [row for row in rows if row.session and _plain(row.session) == _plain(scan.session)]
-        return next(iter(exact or [row for row in rows if not row.session]), None)
+        return next(iter(exact or [row for row in rows if not row.session and row.day is None]), None)
 
 
 def read_clinical(path: Path) -> Clinical:

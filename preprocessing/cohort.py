@@ -31,7 +31,8 @@ def label_scans(
                 )
         says = scan.label or label or (row and (row.label or blank))
         if says:
-            labelled.append(replace(scan, label=says))
+            lesion_mask = scan.lesion_mask if says == "abnormal" else None  # in a normal scan there is nothing to find
+            labelled.append(replace(scan, label=says, lesion_mask=lesion_mask))
         elif row:
             why = (
                 f"its {clinical.judged_by} is blank in {clinical.path.name}; --blank-cdr normal would take it as normal"
@@ -77,5 +78,5 @@ def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:
         fewer = min(groups, key=lambda side: len(groups[side]))
         raise DataError(
             f"{len(groups[True])} scans {what} and {len(groups[False])} do not: a model would learn the difference; "
-            f"bring all to one state or leave out those that {'do' if fewer else 'do not'}: {', '.join(groups[fewer])}"
+            f"bring all to one state or take away those that {'do' if fewer else 'do not'}: {', '.join(groups[fewer])}"
         )

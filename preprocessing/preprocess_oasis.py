@@ -109,7 +109,7 @@ def preprocess(args: argparse.Namespace) -> int:
     counts, skipped = Counter(skipped=len(found.refused)), list(found.refused)
     for _, why in skipped:
         print(f"skipped {why}", file=sys.stderr)
-    with _connect(args.dask):
+    with _work_on(args.dask):
         results = Parallel(n_jobs=args.workers, return_as="generator")(
             delayed(preprocess_scan)(scan, args.processed, args.keep, args.size, args.fov_mm, args.volume)
             for scan in found.scans
@@ -146,22 +146,30 @@ def preprocess(args: argparse.Namespace) -> int:
     return 3 if counts["skipped"] else 0
 
 
-def _connect(scheduler: str | None):
-    """A context in which joblib works on the Dask cluster at that address; without one, on this machine."""
+@contextlib.contextmanager
+def _work_on(scheduler: str | None):
+    """Make joblib work on the Dask cluster at that address; without one, on this machine."""
     if scheduler is None:
-        return contextlib.nullcontext()
+        yield
+        return
     try:
         from distributed import Client
-
-        client = Client(scheduler, timeout=20)
     except ImportError as error:
         raise DataError("--dask needs Dask: pip install -r requirements-dask.txt") from error
+    try:
+        client = Client(scheduler, timeout=20)
     except (OSError, ValueError) as error:
         raise DataError(f"{scheduler}: no Dask scheduler answers there; start one with `dask scheduler`") from error
-    stack = contextlib.ExitStack()
-    stack.enter_context(client)
-    stack.enter_context(joblib.parallel_config(backend="dask"))
-    return stack
+    try:
+        with client, joblib.parallel_config(backend="dask"):
+            yield
+    except ImportError as error:
+        raise DataError(
+            f"{scheduler}: its workers lack {error.name}; start them in this repository's folder"
+        ) from error
+    except Exception as error:  # whatever breaks in a cluster, the cure is the same
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{scheduler}: the cluster failed ({reason}); start again, it goes on where it was") from error
 
 
 def _read_splits(processed: Path) -> dict[str, str]:

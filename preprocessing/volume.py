@@ -103,7 +103,8 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
     from skimage.filters import threshold_otsu  # imported here: only unstripped heads without a mask need it
 
     # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
-    inside = values.T > threshold_otsu(values.T) / 2
+    planes = values.T
+    inside = planes > threshold_otsu(planes) / 2
     inside = grow(shrink(inside, 2), 2)
     inside = shrink(grow(inside, 3), 3)
     return fill_holes(inside).T, False

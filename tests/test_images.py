@@ -111,6 +111,15 @@ def test_reads_what_nibabel_reads(dtype, ending, tmp_path):
     np.testing.assert_array_equal(ours.affine, theirs.affine)
 
 
+def test_no_more_voxels_than_a_brain_has(tmp_path, monkeypatch):
+    nib.save(make_head(), tmp_path / "a.nii.gz")
+    monkeypatch.setattr("preprocessing.images.MOST_VOXELS", 40 * 48 * 44)
+    read_image(tmp_path / "a.nii.gz")
+    monkeypatch.setattr("preprocessing.images.MOST_VOXELS", 40 * 48 * 44 - 1)
+    with pytest.raises(DataError, match="too many for a brain"):
+        read_image(tmp_path / "a.nii.gz")
+
+
 def test_gzip_of_several_members_and_padding_is_read(tmp_path):
     nib.save(make_head(), tmp_path / "a.nii")
     content = (tmp_path / "a.nii").read_bytes()

@@ -9,6 +9,7 @@ from preprocessing.layouts import LAYOUTS, recognise
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.scans import DataError, list_volumes, search
 from preprocessing.slices import list_scans
+from preprocessing.volume import read_volume
 from tests.conftest import make_head
 
 HEAD = make_head((30, 36, 33), (5.5, 5.5, 5.5))
@@ -115,6 +116,8 @@ def make_folder(root):
     save(root / "more/patient7_visit2_T1w.nii.gz")
     save(root / "more/patient7_visit2_T1w_brain.nii.gz")
     save(root / "more/patient7_visit2_seg.nii.gz", labels=True)
+    save(root / "more/patient7_visit1_T1w_dseg.nii.gz", labels=True)
+    save(root / "more/aparc+aseg.nii", labels=True)
     save(root / "persons/bert/mri/T1.mgz", "LIA")
     save(root / "persons/bert/mri/aseg.mgz", "LIA", labels=True)
     save(root / "persons/ernie/mri/T1.mgz", "LIA")
@@ -196,7 +199,7 @@ EXPECTED = {
             ("patient7_visit1_T1w", "patient7", "visit1"),
             ("patient7_visit2_T1w", "patient7", "visit2"),
         ],
-        2,
+        4,
         (0, 1),
     ),
 }
@@ -242,7 +245,9 @@ def test_the_next_best_volume_is_taken_where_the_best_is_missing(tmp_path):
         best = search(tmp_path).scans[0].path
         for path in (best, best.with_suffix(".hdr")):
             path.unlink()
-        assert search(tmp_path).scans[0].path.name.endswith(wanted)
+        scan = search(tmp_path).scans[0]
+        assert scan.path.name.endswith(wanted)
+        np.testing.assert_array_equal(read_volume(scan.path, scan.axes).values, HEAD.get_fdata().astype(np.int16))
 
 
 def test_modality(tmp_path):
