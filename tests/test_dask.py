@@ -11,12 +11,14 @@ distributed = pytest.importorskip("distributed")
 
 
 def test_a_cluster_gives_the_same_slices_and_goes_on(raw, processed, tmp_path, capsys):
-    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path)}
+    # Two workers: with one, joblib does the work where it is started.
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path)}
     with distributed.LocalCluster(**options) as cluster:
         command = ["--raw", str(raw), "--processed", str(tmp_path / "out"), "--size", "32"]
         command += ["--dask", cluster.scheduler_address]
         assert preprocess(command) == 0
         assert "9 done" in capsys.readouterr().out
+        assert cluster.scheduler.transition_counter > 9, "the cluster did nothing"
         assert preprocess(command) == 0
         assert "0 done, 9 unchanged" in capsys.readouterr().out
     ours, theirs = list(list_scans(tmp_path / "out")), list(list_scans(processed))
