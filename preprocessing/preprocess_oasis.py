@@ -55,7 +55,7 @@ def plan(args: argparse.Namespace, stored: list) -> Search:
     scans, not_labelled = label_scans(found.scans, clinical, args.label, args.blank_cdr)
     if not in_tree:
         kept = {old.subject: old.folder.relative_to(args.processed).parts[0] for old in stored}
-        scans = split_subjects(scans, args.split, args.seed, _read_splits(args.processed) | kept)
+        scans = split_subjects(scans, args.split, args.seed, _read_splits(args) | kept)
     if args.axes:
         scans = [replace(scan, axes=args.axes, doubted=None) for scan in scans]
     scans.sort(key=lambda scan: (SPLITS.index(scan.split), LABELS.index(scan.label), scan.name))
@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace, stored: list) -> Search:
     return found._replace(scans=scans, left_out=found.left_out + not_labelled)
 
 
-def describe(args: argparse.Namespace, found: Search) -> None:
+def describe(args: argparse.Namespace, found: Search, stored: list) -> None:
     """Print what was found and what will be done with it, file by file in a dry run."""
     about = LAYOUTS[found.layout].about if found.layout in LAYOUTS else found.layout
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
@@ -88,6 +88,9 @@ def describe(args: argparse.Namespace, found: Search) -> None:
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header tells" if scan.axes else ""
             print(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
+    kept = len({old.subject for old in stored} & {scan.subject for scan in found.scans})
+    if kept:
+        print(f"  {kept} subjects have slices in {args.processed} and keep their split")
     if found.left_out:
         print(f"  left out: {len(found.left_out)} files{'' if args.dry_run else ' (--dry-run lists them)'}")
         for path, why in found.left_out if args.dry_run else ():
@@ -98,13 +101,13 @@ def preprocess(args: argparse.Namespace) -> int:
     """Bring all scans of a folder into the store; returns the exit code: 0, or 3 where scans were skipped."""
     stored = list(list_scans(args.processed))
     found = plan(args, stored)
-    describe(args, found)
+    describe(args, found, stored)
     if args.dry_run:
         for _, why in found.refused:
             print(f"would skip {why}", file=sys.stderr)
         return 3 if found.refused else 0
-    # The splits first: a run that is cut off goes on with the same ones.
-    record = {"splits": _read_splits(args.processed) | {scan.subject: scan.split for scan in found.scans}}
+    # First, so that a run that is cut off goes on with the same splits.
+    record = _begin_record(args, found)
     _write_record(args.processed, record)
     counts, skipped = Counter(skipped=len(found.refused)), list(found.refused)
     for _, why in skipped:
@@ -121,13 +124,7 @@ def preprocess(args: argparse.Namespace) -> int:
                 skipped.append((str(scan.path), why))
                 tqdm.write(f"skipped {why}", file=sys.stderr)
     stored = list(list_scans(args.processed))
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     record |= {
-        "layout": found.layout,
-        "format": FORMAT,
-        "flags": {key: value for key, value in flags.items() if key not in ("workers", "dask", "dry_run")},
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (numpy, scipy, nibabel)},
         "scans": dict(Counter("/".join(old.folder.relative_to(args.processed).parts[:2]) for old in stored)),
         "subjects": len({old.subject for old in stored}),
         "skipped": [{"file": path, "why": why} for path, why in skipped],
@@ -135,14 +132,17 @@ def preprocess(args: argparse.Namespace) -> int:
     }
     _write_record(args.processed, record)
     if stored and (counts["done"] or not (args.processed / "qc.png").exists()):
-        draw_contact_sheet(stored, args.processed)
+        try:
+            draw_contact_sheet(stored, args.processed)
+        except OSError as error:
+            raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
     print(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {counts['skipped']} skipped; "
         f"slices in {args.processed}"
     )
     if not counts["done"] + counts["unchanged"]:
         raise DataError(f"{args.raw}: not one of its {counts['skipped']} scans could be used; see the lines above")
-    refuse_mixture("have their skull off", ((old.record["skull_off"], old.folder) for old in stored))
+    refuse_mixture("have their skull off", ((old.record.get("skull_off"), old.folder) for old in stored))
     return 3 if counts["skipped"] else 0
 
 
@@ -172,13 +172,29 @@ def _work_on(scheduler: str | None):
         raise DataError(f"{scheduler}: the cluster failed ({reason}); start again, it goes on where it was") from error
 
 
-def _read_splits(processed: Path) -> dict[str, str]:
-    path = processed / "dataset.json"
+def _begin_record(args: argparse.Namespace, found: Search) -> dict:
+    """What is known of the set before its scans are done."""
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return {
+        "layout": found.layout,
+        "format": FORMAT,
+        "flags": {key: value for key, value in flags.items() if key not in ("workers", "dask", "dry_run")},
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (numpy, scipy, nibabel)},
+        "splits": _read_splits(args) | {scan.subject: scan.split for scan in found.scans},
+    }
+
+
+def _read_splits(args: argparse.Namespace) -> dict[str, str]:
+    """The splits that an earlier run gave with the same shares and seed, whether its scans were done or not."""
+    path = args.processed / "dataset.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["splits"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        same = (record["flags"]["split"], record["flags"]["seed"]) == (args.split, args.seed)
+        return record["splits"] if same else {}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it") from error
 
 
@@ -252,3 +268,5 @@ if __name__ == "__main__":
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a long --dry-run has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
