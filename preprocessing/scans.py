@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+
+from preprocessing.layouts import CONTRAST, ENDINGS, LAYOUTS, arrange, recognise, strip_ending
+from preprocessing.layouts import name_subject as name_subject
 
 SPLITS = ("train", "val", "test")
 LABELS = ("normal", "abnormal")
-ENDINGS = (".nii.gz", ".nii", ".img")  # an .img brings its .hdr along
-CONTRAST = re.compile(r"[_-](T1w|T2w|FLAIR|PDw|T1|T2|PD)$", re.IGNORECASE)
-# Names in which the subject is only a part: OASIS-1 and -2, OASIS-3, BIDS, IXI.
-SUBJECTS = (r"OAS[12]_\d{4}", r"OAS3\d{4}", r"sub-[A-Za-z0-9]+", r"IXI\d{3}")
-SESSIONS = (r"_(MR\d+)", r"_(?:ses-)?(d\d{4})", r"_(ses-[A-Za-z0-9]+)")
+TREE = "split/label tree"
 
 
 class DataError(ValueError):
@@ -22,63 +22,85 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume on disk and what is known about it."""
+    """One volume on disk and what is known about it; split and label are empty until something says them."""
 
     path: Path
-    name: str  # the file's name without its ending: what the scan is called everywhere
+    name: str  # what the scan is called everywhere: the file's name without its ending, as a rule
     split: str
     label: str
     subject: str
     session: str
     brain_mask: Path | None
     lesion_mask: Path | None
+    axes: str | None = None  # where the stored axes point to, if the header does not tell
+    doubted: str | None = None  # axes in the header that are not to be believed
+    age: float | None = None  # years
+    sex: str | None = None  # "F" or "M"
+
+
+class Search(NamedTuple):
+    """What was found in a folder."""
+
+    layout: str
+    scans: list[Scan]
+    left_out: list[tuple[str, str]]  # (path, why): not meant to be used
+    refused: list[tuple[str, str]]  # (path, why and its cure): meant, but cannot be used
 
 
 def name_scan(path: Path) -> str:
     """`ID_T1w` for `.../ID_T1w.nii.gz`."""
-    return next(path.name[: -len(ending)] for ending in ENDINGS if path.name.lower().endswith(ending))
+    return strip_ending(path.name)
 
 
-def name_subject(name: str) -> tuple[str, str]:
-    """(subject, session) from a scan's name; a name that follows no known pattern is a subject of its own."""
-    found = (re.search(pattern, name) for pattern in SUBJECTS)
-    subject = next((match.group() for match in found if match), CONTRAST.sub("", name))
-    found = (re.search(pattern, name) for pattern in SESSIONS)
-    return subject, next((match.group(1) for match in found if match), "")
+def search(raw: Path, layout: str | None = None, modality: str = "t1", besides: Path | None = None) -> Search:
+    """Find the scans under a folder, symbolic links followed once, `besides` (the slice store) left alone.
+
+    With `<raw>/{train,val,test}/{normal,abnormal}` the tree gives split and label, and what lies in it may have any
+    layout; otherwise `layout` or what the paths look like decides, and split and label are left empty. In the tree,
+    masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where id is the scan's name
+    with or without its contrast (`_T1w`). Lesion masks belong to abnormal scans.
+    """
+    if not raw.is_dir():
+        raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
+    places = [(split, label) for split in SPLITS for label in LABELS if (raw / split / label).is_dir()]
+    in_tree = bool(places) and layout in (None, TREE)
+    if not in_tree:
+        if layout == TREE:
+            raise DataError(explain_no_scans(raw))
+        found = _search_folder(raw, layout, modality, besides)
+    else:
+        parts = []
+        for split, label in places:
+            part = _search_folder(raw / split / label, None, modality, besides)
+            masks = {name_scan(path): path for path in list_volumes(raw / split / "masks")}
+            parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
+        layouts = sorted({part.layout for part in parts if part.scans} - {"folder"})
+        name = f"{TREE} of {', '.join(layouts)}" if layouts else TREE
+        found = Search(name, *(_join(lists) for lists in list(zip(*parts, strict=True))[1:]))
+    scans, same_names = _part_same_names(found.scans)
+    return found._replace(scans=scans, refused=found.refused + same_names)
 
 
 def find_scans(raw: Path) -> list[Scan]:
-    """All scans under `<raw>/{train,val,test}/{normal,abnormal}`, at any depth, sorted by split, label and name.
+    """All scans of a split/label tree, sorted by split, label and name.
 
-    Masks are looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where id is the scan's name with
-    or without its contrast (`_T1w`). Lesion masks belong to abnormal scans. Raises DataError where there are no
-    scans, where two files would get one name, or where a subject stands in two splits.
+    Raises DataError where there are no scans, where two files would get one name, or where a subject stands in two
+    splits.
     """
-    if not raw.is_dir():
-        raise DataError(f"{raw}: no such folder; give --raw the folder that holds train/, val/ and test/")
-    scans = []
-    for split in SPLITS:
-        masks = {name_scan(path): path for path in _list_volumes(raw / split / "masks")}
-        for label in LABELS:
-            for path in _list_volumes(raw / split / label):
-                name = name_scan(path)
-                ids = (name, CONTRAST.sub("", name))
-                brain, lesion = (
-                    next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None)
-                    for kind in ("brain", "lesion")
-                )
-                subject, session = name_subject(name)
-                scans.append(
-                    Scan(path, name, split, label, subject, session, brain, lesion if label == "abnormal" else None)
-                )
-    if not scans:
-        raise DataError(
-            f"{raw}: no scans (.nii, .nii.gz, .img) under train/, val/ or test/, normal/ or abnormal/; "
-            f"put healthy scans into {raw / 'train' / 'normal'}"
-        )
-    _refuse_same_names(scans)
-    refuse_leaks((scan.subject, scan.split, str(scan.path)) for scan in scans)
-    return scans
+    found = search(raw, TREE)
+    if found.refused:
+        raise DataError(found.refused[0][1])
+    if not found.scans:
+        raise DataError(explain_no_scans(raw))
+    refuse_leaks((scan.subject, scan.split, str(scan.path)) for scan in found.scans)
+    return found.scans
+
+
+def explain_no_scans(raw: Path) -> str:
+    return (
+        f"{raw}: no scans ({', '.join(ENDINGS)}) in it that its layout knows; put healthy scans into "
+        f"{raw / 'train' / 'normal'}, or give --raw another folder"
+    )
 
 
 def refuse_leaks(subjects) -> None:
@@ -93,15 +115,74 @@ def refuse_leaks(subjects) -> None:
             )
 
 
-def _list_volumes(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(ENDINGS))
-    return [path for path in files if not path.name.startswith(".")]
+def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
+    """The image files under a folder in order of path; each folder once, though links may lead to it in circles."""
+    seen = {os.path.realpath(besides)} if besides else set()
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+    return sorted(files)
 
 
-def _refuse_same_names(scans: list[Scan]) -> None:
+def _search_folder(folder: Path, layout: str | None, modality: str, besides: Path | None) -> Search:
+    paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
+    rules = LAYOUTS[layout] if layout else recognise(paths, modality)
+    if modality != "t1" and modality not in rules.modalities:
+        raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
+    found, left_out = arrange(rules, paths, modality)
+    scans = [
+        Scan(
+            path=folder / one.path,
+            name=one.name,
+            split="",
+            label="",
+            subject=one.subject,
+            session=one.session,
+            brain_mask=folder / one.brain_mask if one.brain_mask else None,
+            lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
+            axes=one.axes,
+            doubted=one.doubted,
+        )
+        for one in found
+    ]
+    return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], [])
+
+
+def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
+    """The scan with what the tree says about it."""
+    ids = (scan.name, CONTRAST.sub("", scan.name))
+    brain, lesion = (
+        next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")
+    )
+    return replace(
+        scan,
+        split=split,
+        label=label,
+        brain_mask=brain or scan.brain_mask,
+        lesion_mask=(lesion or scan.lesion_mask) if label == "abnormal" else None,
+    )
+
+
+def _join(lists):
+    return [one for part in lists for one in part]
+
+
+def _part_same_names(scans: list[Scan]) -> tuple[list[Scan], list[tuple[str, str]]]:
+    """(the scans that have their name alone, those that share one with why)."""
     by_name = defaultdict(list)
     for scan in scans:
-        by_name[scan.split, scan.label, scan.name].append(str(scan.path))
-    for (_, _, name), paths in by_name.items():
-        if len(paths) > 1:
-            raise DataError(f"{paths[0]}: {paths[1]} would also be called {name}; rename one of them")
+        by_name[scan.split, scan.label, scan.name].append(scan)
+    alone = [same[0] for same in by_name.values() if len(same) == 1]
+    refused = []
+    for same in by_name.values():
+        for scan, other in zip(same, same[1:] + same[:1], strict=True):
+            if scan is not other:
+                why = f"{scan.path}: {other.path} would also be called {scan.name}; rename one of them"
+                refused.append((str(scan.path), why))
+    return alone, refused

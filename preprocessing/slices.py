@@ -24,6 +24,8 @@ from torch.utils.data import Dataset
 
 from preprocessing.scans import LABELS, DataError
 
+SAME_SETTINGS = ("format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
+
 
 @dataclass(frozen=True)
 class ScanSlices:
@@ -52,6 +54,10 @@ class ScanSlices:
     def read_stack(self) -> np.ndarray:
         """(n, size, size) float16 in [0, 1]."""
         return np.stack([read_slice(self.folder / name_slice(i), self.record["size"]) for i in self.indices])
+
+    def read_middle(self) -> np.ndarray:
+        """The middle one of the kept slices, (size, size)."""
+        return read_slice(self.folder / name_slice(self.indices[len(self.indices) // 2]), self.record["size"])
 
     def read_lesion(self) -> np.ndarray | None:
         """(n, size, size) bool, or None where no lesion mask is known. A normal scan's is all False."""
@@ -85,7 +91,12 @@ def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, recor
         _write_folder(lesion_folder, lesion, record["slices"], None)
     elif folder.parent.name == "abnormal":
         shutil.rmtree(lesion_folder, ignore_errors=True)
-    _write_folder(folder, stack, record["slices"], record)  # last: a scan whose scan.json stands is complete
+    try:
+        _write_folder(folder, stack, record["slices"], record)  # last: a scan whose scan.json stands is complete
+    except OSError:
+        if lesion is not None:
+            shutil.rmtree(lesion_folder, ignore_errors=True)
+        raise
 
 
 def read_scan(folder: Path) -> ScanSlices | None:
@@ -108,13 +119,20 @@ def list_scans(root: Path) -> Iterator[ScanSlices]:
 
 
 def check_same_geometry(scans: list[ScanSlices], size: int | None = None) -> int:
-    """The slice size that all these scans share; DataError names the first that differs."""
+    """The slice size of these scans. DataError names the first that differs in it or was made with other settings."""
     size = size or scans[0].record["size"]
     for scan in scans:
         if scan.record["size"] != size:
             raise DataError(
                 f"{scan.folder}: slices of {scan.record['size']} pixels, not {size}; preprocess all with one --size"
             )
+        for setting in SAME_SETTINGS:
+            value, first = scan.record.get(setting), scans[0].record.get(setting)
+            if value != first:
+                raise DataError(
+                    f"{scan.folder}: made with {setting} {value}, but {scans[0].folder} with {first}; "
+                    "preprocess all scans the same way into one folder"
+                )
     return size
 
 

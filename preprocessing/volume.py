@@ -8,15 +8,15 @@ to right, so `imshow(slice, origin="lower")` shows the nose up and the subject's
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-from scipy import ndimage
+from scipy import ndimage, sparse
 
+from preprocessing.images import read_image
 from preprocessing.scans import DataError
 
 STRIPPED_BRAIN_ML = 2200  # no brain is larger, no head smaller
@@ -29,11 +29,12 @@ SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm sc
 class Volume:
     """A scan in canonical RAS order.
 
-    values      (X, Y, Z) float32, the scanner's arbitrary units
+    values      (X, Y, Z) of any real type, the scanner's arbitrary units
     affine      (4, 4) voxel to scanner mm, of the file as stored
     axes        three letters, where the file's stored axes point to ("PSR")
     shape       the file's stored shape, three numbers
     spacing_mm  voxel size along left-right, posterior-anterior, inferior-superior
+    missing     (X, Y, Z) bool, voxels that are not a finite number in the file; None where all are
     """
 
     values: np.ndarray
@@ -41,49 +42,49 @@ class Volume:
     axes: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
+    missing: np.ndarray | None = None
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a NIfTI or Analyze file into canonical RAS order. Raises DataError with the cure for a bad file."""
-    try:
-        image = nib.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) != 3:
-            raise DataError(f"{path}: has {len(shape)} dimensions {shape}, not 3; save one volume of it as a file")
-        if min(shape) < 2:
-            raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
-        values = np.asanyarray(image.dataobj, dtype=np.float32).reshape(shape)
-    except DataError:
-        raise
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({str(error) or type(error).__name__}); copy it again") from error
-    if not np.isfinite(values).all():
-        if not np.isfinite(values).any():
-            raise DataError(f"{path}: holds no finite value; convert it again from its source")
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+def read_volume(path: Path, axes: str | None = None, doubted: str | None = None, index: int | None = None) -> Volume:
+    """Read a scan into canonical RAS order; the arguments are `read_image`'s. Raises DataError with the cure.
+
+    Voxels that are not finite become 0 and are listed in `missing`.
+    """
+    image = read_image(path, axes, doubted, index)
     orientation = io_orientation(image.affine)
-    spacing = np.asarray(nib.affines.voxel_sizes(image.affine), dtype=float)
+    values = apply_orientation(image.values, orientation)
+    missing = None
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        if not finite.any():
+            raise DataError(f"{path}: holds no finite value; convert it again from its source")
+        if not finite.all():
+            missing = ~finite
+            values = np.where(finite, values, 0)
     canonical_spacing = np.empty(3)
-    canonical_spacing[orientation[:, 0].astype(int)] = spacing
+    canonical_spacing[orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(image.affine)
     return Volume(
-        values=apply_orientation(values, orientation),
+        values=values,
         affine=image.affine,
         axes="".join(nib.orientations.ornt2axcodes(orientation)),
-        shape=tuple(int(n) for n in shape),
+        shape=image.values.shape,
         spacing_mm=tuple(float(round(s, 5)) for s in canonical_spacing),
+        missing=missing,
     )
 
 
-def read_mask(path: Path, volume: Volume) -> np.ndarray:
+def read_mask(path: Path, volume: Volume, axes: str | None = None, doubted: str | None = None) -> np.ndarray:
     """Read a mask of this volume as (X, Y, Z) bool in canonical order; DataError where it does not fit the scan."""
-    mask = read_volume(path)
-    if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
+    mask = read_image(path, axes, doubted)
+    if mask.values.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
         raise DataError(
-            f"{path}: shape {mask.shape} and affine do not fit its scan ({volume.shape}); resample it onto the scan"
+            f"{path}: shape {mask.values.shape} and affine do not fit its scan ({volume.shape}); "
+            "resample it onto the scan"
         )
-    return mask.values > 0
+    inside = np.asfortranarray(apply_orientation(mask.values > 0, io_orientation(mask.affine)))
+    if not inside.any():
+        raise DataError(f"{path}: is empty; make the mask again or take it away")
+    return inside
 
 
 def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
@@ -96,15 +97,52 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
     faces = np.concatenate([values[i].ravel() for i in (0, -1)] + [values[:, i].ravel() for i in (0, -1)])
     background = np.median(faces)
     voxel_ml = np.prod(volume.spacing_mm) / 1000
-    inside = values != background
-    if inside.sum() * voxel_ml < STRIPPED_BRAIN_ML:
-        return ndimage.binary_fill_holes(inside), True
+    inside = (values != background).T  # (Z, Y, X): as most files store it
+    if np.count_nonzero(inside) * voxel_ml < STRIPPED_BRAIN_ML:
+        return fill_holes(inside).T, True
     from skimage.filters import threshold_otsu  # imported here: only unstripped heads without a mask need it
 
     # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
-    inside = ndimage.binary_opening(values > threshold_otsu(values) / 2, iterations=2)
-    inside = ndimage.binary_closing(inside, iterations=3)
-    return ndimage.binary_fill_holes(inside), False
+    planes = values.T
+    inside = planes > threshold_otsu(planes) / 2
+    inside = grow(shrink(inside, 2), 2)
+    inside = shrink(grow(inside, 3), 3)
+    return fill_holes(inside).T, False
+
+
+def grow(inside: np.ndarray, voxels: int) -> np.ndarray:
+    """Dilate a mask over its faces, as `scipy.ndimage.binary_dilation` does, in a quarter of the time."""
+    for _ in range(voxels):
+        grown = inside.copy()
+        for axis in range(inside.ndim):
+            # Views with that axis first, so that both neighbours can be named.
+            to, by = np.moveaxis(grown, axis, 0), np.moveaxis(inside, axis, 0)
+            to[1:] |= by[:-1]
+            to[:-1] |= by[1:]
+        inside = grown
+    return inside
+
+
+def shrink(inside: np.ndarray, voxels: int) -> np.ndarray:
+    """Erode a mask over its faces; what lies beyond the volume counts as outside."""
+    for _ in range(voxels):
+        shrunk = inside.copy()
+        for axis in range(inside.ndim):
+            to, by = np.moveaxis(shrunk, axis, 0), np.moveaxis(inside, axis, 0)
+            to[1:] &= by[:-1]
+            to[:-1] &= by[1:]
+            to[[0, -1]] = False
+        inside = shrunk
+    return inside
+
+
+def fill_holes(inside: np.ndarray) -> np.ndarray:
+    """Fill what cannot be reached from outside over faces, as `scipy.ndimage.binary_fill_holes` does, only faster."""
+    box = find_box(inside.T)
+    labels, _ = ndimage.label(~np.pad(inside[box], 1))
+    filled = inside.copy()
+    filled[box] = (labels != labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    return filled
 
 
 def keep_middle(holds: np.ndarray, keep: float) -> np.ndarray:
@@ -147,15 +185,21 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     Returns (stack (n, size, size) float16 in [0, 1], 0 outside the brain and above 0 inside, record), where record is
     a dict of plain numbers: all that `restore_to_grid` and `cut_mask` need to find the same pixels again.
     """
-    area_mm2 = brain.sum(axis=(0, 1)) * volume.spacing_mm[0] * volume.spacing_mm[1]
+    # Transposed, (Z, Y, X): as most files store it, so that axial slices lie together.
+    planes, values = brain.T, volume.values.T
+    area_mm2 = np.array([np.count_nonzero(plane) for plane in planes]) * volume.spacing_mm[0] * volume.spacing_mm[1]
     holds = area_mm2 >= SLICE_HOLDS_BRAIN_MM2
     if not holds.any():
         raise DataError("its brain mask is empty; make the mask again")
     indices = keep_middle(holds if skull_off else np.ones_like(holds), keep)
-    in_plane = [np.flatnonzero(brain[:, :, indices].any(axis=axes)) for axes in ((1, 2), (0, 2))]
+    seen = planes[indices].any(axis=0)
+    in_plane = [np.flatnonzero(seen.any(axis=axis)) for axis in (0, 1)]
     if not all(len(i) for i in in_plane):
         raise DataError("no brain in the slices kept; check its orientation and its mask")
-    inside = volume.values[brain]
+    if volume.missing is not None and (volume.missing & brain).any():
+        raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are no finite number; convert it again")
+    box = find_box(brain)
+    inside = values[box][planes[box]].astype(np.float32)
     low, high = scale_intensity(inside)
     if not high > low:
         raise DataError("is constant inside the brain; convert it again from its source")
@@ -171,16 +215,34 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
         "scale": [low, high],
         "skull_off": bool(skull_off),
     }
-    scaled = np.clip((volume.values - np.float32(low)) / np.float32(high - low), 0, 1) * brain
+    box = (_used_slices(len(planes), record)[1], *box[1:])
+    within = planes[box].astype(np.float32, order="C")
+    scaled = values[box].astype(np.float32, order="C")
+    scaled -= np.float32(low)
+    scaled /= np.float32(high - low)
+    np.clip(scaled, 0, 1, out=scaled)
+    scaled *= within
     # Values are averaged over the brain alone, so that the rim does not fade into the background.
-    share = _resample(brain.astype(np.float32), record)
-    stack = _resample(scaled, record) / np.maximum(share, 1e-6)
-    return np.where(share > 0.5, np.clip(stack, BRAIN_FLOOR, 1), 0).astype(np.float16), record
+    stack = _resample(scaled, box, record)
+    del scaled  # a worker holds no more of a volume than it needs
+    share = _resample(within, box, record)
+    stack /= np.maximum(share, 1e-6)
+    np.clip(stack, BRAIN_FLOOR, 1, out=stack)
+    stack[share <= 0.5] = 0
+    return stack.astype(np.float16), record
+
+
+def find_box(inside: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box around what is True in (X, Y, Z) bool, as slices along Z, Y and X; empty where nothing is."""
+    flat = inside.any(axis=2)
+    extents = [np.flatnonzero(line) for line in (inside.T.any(axis=(1, 2)), flat.any(axis=0), flat.any(axis=1))]
+    return tuple(slice(int(e[0]), int(e[-1]) + 1) if len(e) else slice(0, 0) for e in extents)
 
 
 def cut_mask(mask: np.ndarray, record: dict) -> np.ndarray:
     """The (n, size, size) uint8 stack of a lesion mask (X, Y, Z) over the pixels that `record` describes."""
-    return (_resample(mask.astype(np.float32), record) > 0.5).astype(np.uint8)
+    box = (_used_slices(mask.shape[2], record)[1], *find_box(mask)[1:])
+    return (_resample(mask.T[box].astype(np.float32, order="C"), box, record) > 0.5).astype(np.uint8)
 
 
 def restore_to_grid(stack: np.ndarray, record: dict) -> np.ndarray:
@@ -220,27 +282,39 @@ def _canonical_shape(record: dict) -> list[int]:
     return shape
 
 
-def _resample(values: np.ndarray, record: dict) -> np.ndarray:
-    """(X, Y, Z) -> (n, size, size): the kept slices on the pixel grid, at least SLICE_THICKNESS_MM thick."""
+def _used_slices(depth: int, record: dict) -> tuple[np.ndarray, slice]:
+    """(weights (n, depth) of the axial slices in each kept one, at least SLICE_THICKNESS_MM thick; those not all 0)."""
+    spacing = record["spacing_mm"][2]
+    across = resampling_weights(depth, spacing, 0, depth, spacing, 0, max(SLICE_THICKNESS_MM, spacing))
+    across = across[record["slices"]]
+    used = np.flatnonzero(across.any(axis=0))
+    return across, slice(int(used[0]), int(used[-1]) + 1)
+
+
+def _resample(values: np.ndarray, box: tuple[slice, slice, slice], record: dict) -> np.ndarray:
+    """(Z, Y, X) float32, that box of the volume, 0 outside -> (n, size, size): the kept slices on the pixel grid."""
     spacing, size, pixel = record["spacing_mm"], record["size"], record["pixel_mm"]
-    weights = [
+    shape = _canonical_shape(record)
+    columns, rows = (
         resampling_weights(
-            values.shape[axis],
+            shape[axis],
             spacing[axis],
             record["centre"][axis],
             size,
             pixel,
             (size - 1) / 2,
             max(pixel, spacing[axis]),
-        )
+        )[:, box[2 - axis]]
         for axis in (0, 1)
-    ]
-    depth = values.shape[2]
-    across = resampling_weights(depth, spacing[2], 0, depth, spacing[2], 0, max(SLICE_THICKNESS_MM, spacing[2]))
-    across = across[record["slices"]]
-    used = np.flatnonzero(across.any(axis=0))
-    planes = _apply(values[:, :, used].transpose(2, 1, 0), weights[1], weights[0])
-    return np.tensordot(across[:, used], planes, axes=1)
+    )
+    across = _used_slices(shape[2], record)[0][:, box[0]]
+    # Few weights of a row are not 0, so sparse products are several times faster than dense ones.
+    across, rows, columns = (sparse.csr_array(weights) for weights in (across, rows, columns))
+    thick = (across @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+    resampled = np.empty((len(thick), size, size), np.float32)
+    for target, plane in zip(resampled, thick, strict=True):
+        target[:] = (columns @ (rows @ plane).T).T
+    return resampled
 
 
 def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

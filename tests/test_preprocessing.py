@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.scans import DataError, find_scans, name_subject
 from preprocessing.slices import SliceDataset, list_scans, read_scan, write_scan
@@ -158,3 +159,19 @@ def test_record_says_where_the_slices_come_from(processed, raw):
         record = json.loads((scan.folder / "scan.json").read_text())
         assert record["axes"] == "".join(nib.aff2axcodes(nib.load(record["source"]).affine))
         assert len(list(scan.folder.glob("slice_*.npy"))) == len(record["slices"])
+
+
+def test_contact_sheet_has_forty_scans_a_page(processed, tmp_path):
+    shutil.copytree(processed, tmp_path / "processed")
+    scans = list(list_scans(tmp_path / "processed"))
+    for number, names in ((41, ["qc.png", "qc-2.png"]), (9, ["qc.png"])):
+        pages = draw_contact_sheet((scans * 5)[:number], tmp_path / "processed")
+        assert [page.name for page in pages] == names
+        assert sorted(path.name for path in (tmp_path / "processed").glob("qc*")) == sorted(names)
+
+
+def test_sets_made_with_other_settings_do_not_mix(processed, raw, tmp_path):
+    command = ["--raw", str(raw), "--processed", str(tmp_path), "--size", "32", "--workers", "1", "--keep", "0.5"]
+    assert preprocess(command) == 0
+    with pytest.raises(DataError, match=r"made with keep 0\.5, but .* with 0\.7"):
+        SliceDataset([next(list_scans(processed)), next(list_scans(tmp_path))])

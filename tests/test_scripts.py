@@ -10,13 +10,14 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
-    "evaluation/compare.py",
+    "evaluation/compare.py", "benchmarks/preprocessing.py",
 ]  # fmt: skip
 MAY_IMPORT = {
     "preprocessing": {"preprocessing"},
     "models": {"models"},
     "training": {"training", "models", "preprocessing"},
     "evaluation": {"evaluation", "models", "preprocessing"},
+    "benchmarks": {"benchmarks", "training", "evaluation", "models", "preprocessing"},
 }
 
 

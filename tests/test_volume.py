@@ -6,18 +6,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy import ndimage
 
 from preprocessing.scans import DataError
 from preprocessing.volume import (
     BRAIN_FLOOR,
     cut_mask,
     cut_stack,
+    fill_holes,
     find_brain,
+    grow,
     keep_middle,
     read_mask,
     read_volume,
     resampling_weights,
     restore_to_grid,
+    shrink,
 )
 from tests.conftest import make_head
 
@@ -71,6 +75,16 @@ def test_voxel_size_hardly_changes_the_slices(tmp_path, spacing, shape):
     assert record["spacing_mm"] == list(spacing)
     assert both.sum() > 0.9 * max((a > 0).sum(), (b > 0).sum())
     assert np.abs(a - b)[both].mean() < 0.02
+
+
+def test_masks_grow_shrink_and_fill_as_in_scipy():
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.5, 0.9, 1.0):
+        inside = rng.random((9, 11, 10)) < share
+        np.testing.assert_array_equal(grow(inside, 2), ndimage.binary_dilation(inside, iterations=2))
+        np.testing.assert_array_equal(shrink(inside, 2), ndimage.binary_erosion(inside, iterations=2))
+        np.testing.assert_array_equal(fill_holes(inside), ndimage.binary_fill_holes(inside))
+    assert not fill_holes(np.zeros((3, 3, 3), bool)).any()
 
 
 def test_middle_seventy_percent():

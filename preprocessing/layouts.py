@@ -1,0 +1,257 @@
+"""How public data sets stand on disk: which file is a session's scan, whose it is, and which files are its masks.
+
+A layout is a table of patterns over paths. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+ENDINGS = (".nii.gz", ".nii", ".img", ".mgz", ".mgh")  # an .img brings its .hdr along
+CONTRAST = re.compile(r"[_-](T1w|T2w|FLAIR|PDw|T1|T2|PD)$", re.IGNORECASE)
+# Names in which the subject is only a part: OASIS-1 and -2, OASIS-3, BIDS, IXI.
+SUBJECTS = (r"OAS[12]_\d{4}", r"OAS3\d{4}", r"sub-[A-Za-z0-9]+", r"IXI\d{3}")
+SESSIONS = (r"_(MR\d+)", r"_(?:ses-)?(d\d{4})", r"_(ses-[A-Za-z0-9]+)")
+# Repeats of one subject in names of no known pattern: `patient7_visit2`.
+REPEAT = re.compile(r"[_-]((?:visit|session|ses|scan|run|timepoint|tp|v|mr)[_-]?\d+)$", re.IGNORECASE)
+# Volumes that are drawn over a scan: masks, segmentations, tissue maps.
+LABEL = re.compile(
+    r"(?:^|[/_.+-])(?:[adf]?seg|probseg|pveseg|pve|labels?|lesions?|rois?|(?:\w*brain|t1|lesion)?mask|aparc|wmparc"
+    r"|ribbon)(?:_?\d+)?$",
+    re.IGNORECASE,
+)
+
+
+class Kind(NamedTuple):
+    """One kind of volume in a layout.
+
+    pattern  of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say whose
+             the volume is: `subject` and `session`; `name` where the file's own name is the same for every session;
+             `key` where masks go by something else than the name. MODALITY stands for the contrast asked for.
+    axes     where the stored axes point to, for files whose header does not tell
+    doubted  axes that the headers of this kind claim without meaning them
+    """
+
+    pattern: str
+    axes: str | None = None
+    doubted: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data set's way to stand on disk."""
+
+    name: str
+    about: str
+    scans: tuple[Kind, ...]  # best first: a session gives the first kind it has
+    brain_mask: str | None = None  # patterns whose `key` or `name` is the scan's
+    lesion_mask: str | None = None
+    modalities: dict[str, str] = field(default_factory=lambda: {"t1": ""})
+    one_a_session: bool = True
+
+
+class Found(NamedTuple):
+    """A volume that is a scan, paths relative to the folder searched."""
+
+    path: str
+    name: str
+    subject: str
+    session: str
+    axes: str | None
+    doubted: str | None
+    brain_mask: str | None
+    lesion_mask: str | None
+
+
+_OASIS1 = r"(?P<subject>OAS1_\d{4})_(?P<session>MR\d+)[^/]*"
+# Only a derivative has a desc or a space; another contrast agent is another modality.
+_BIDS_KEY = (
+    r"(?P<key>(?P<subject>sub-[A-Za-z0-9]+)(?:_(?P<session>ses-[A-Za-z0-9]+))?"
+    r"(?:_(?!desc-|space-|ce-|label-)[a-z]+-[A-Za-z0-9]+)*)"
+)
+_BRATS_IDS = (
+    r"(?P<key>(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d+))/(?P=key)",
+    r"(?P<key>(?P<subject>[^/]+))/(?P=key)",
+)
+_NEURITE = r"(?P<name>OASIS_(?P<subject>OAS1_\d{4})_(?P<session>MR\d+))/"
+# A folder for each subject, one for each session or not, and files that all have one name: `p7/visit1/mri/T1.mgz`.
+_PERSON = (
+    r"(?P<name>(?P<subject>[^/]+)"
+    r"(?:/(?P<session>(?:ses|session|visit|scan|timepoint|tp|v|mr|m|baseline|followup)[-_]?\d*|\d{4}-?\d\d-?\d\d))?)"
+    r"(?:/(?:mri|anat\d*|nifti|raw))?/"
+)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "oasis1",
+            "OASIS-1 discs",
+            (
+                # Analyze does not tell: atlas images lie transverse in Analyze's own order, the others sagittal.
+                Kind(_OASIS1 + "_t88_masked_gfc", "LAS"),
+                Kind(_OASIS1 + "_t88_gfc", "LAS"),
+                Kind(_OASIS1 + "_sbj_111", "ASL"),
+                Kind(_OASIS1 + r"_mpr-\d+_anon", "ASL"),
+            ),
+        ),
+        Layout(
+            "oasis2",
+            "OASIS-2 raw parts",
+            # The scanner and the protocol of OASIS-1, so the same storage where the header is silent.
+            (Kind(r"(?P<name>(?P<subject>OAS2_\d{4})_(?P<session>MR\d+))/(?:RAW/)?mpr-\d+(?:\.nifti)?", "ASL"),),
+        ),
+        Layout(
+            "oasis3",
+            "OASIS-3",
+            (Kind(r"(?P<subject>OAS3\d{4})_MR_(?P<session>d\d{4})/(?:[^/]+/)*(?P<key>sub-OAS3[^/]*)_MODALITY"),),
+            modalities={"t1": "T1w", "t2": "T2w", "flair": "FLAIR"},
+        ),
+        Layout(
+            "neurite-oasis",
+            "neurite-oasis (FreeSurfer's axes)",
+            tuple(
+                Kind(_NEURITE + volume, axes="LIA", doubted="RAS")
+                for volume in ("aligned_norm", "norm", "aligned_orig", "orig")
+            ),
+        ),
+        Layout(
+            "atlas2",
+            "ATLAS v2",
+            (Kind(r"(?P<key>(?P<subject>sub-r\d+s\d+)_(?P<session>ses-\w+?)[^/]*)_T1w"),),
+            lesion_mask=r"(?P<key>sub-r\d+s\d+_[^/]*?)(?:_label-[^/_]+)?(?:_desc-[^/_]*lesion|_lesion)_mask",
+        ),
+        Layout(
+            "brats",
+            "BraTS",
+            (Kind(_BRATS_IDS[0] + "-MODALITY"), Kind(_BRATS_IDS[1] + "_MODALITY")),
+            lesion_mask=r"(?P<key>[^/]+)/(?P=key)[_-]seg",
+            modalities={"t1": "(?:t1|t1n)", "t1ce": "(?:t1ce|t1c|t1gd)", "t2": "(?:t2|t2w)", "flair": "(?:flair|t2f)"},
+        ),
+        Layout(
+            "ixi",
+            "IXI",
+            (Kind(r"(?P<subject>IXI\d{3})-[^/-]+-\d+-MODALITY"),),
+            modalities={"t1": "T1", "t2": "T2"},
+        ),
+        Layout(
+            "bids",
+            "BIDS",
+            (Kind(r"^(?!(?:.*/)?derivatives/)(?:.*/)?sub-[^/]+/(?:ses-[^/]+/)?anat/" + _BIDS_KEY + "_MODALITY"),),
+            brain_mask=_BIDS_KEY + "(?:_space-T1w)?_desc-brain_mask",
+            lesion_mask=_BIDS_KEY + "(?:_space-T1w)?_(?:(?:desc-|label-)?lesion_(?:mask|roi))",
+            modalities={"t1": "T1w", "t1ce": "ce-[A-Za-z0-9]+_T1w", "t2": "T2w", "flair": "FLAIR"},
+        ),
+        Layout(
+            "folder",
+            "a folder of volumes",
+            (
+                Kind(_PERSON + "norm"),
+                Kind(_PERSON + "(?:t1w?|t1_?mprage|mprage|anat|struct|image|scan|brain)"),
+                Kind(_PERSON + "(?:t2w?|flair|pdw?|orig|nu)"),
+                Kind(r"(?<!mri/)(?<!mri/orig/)(?P<key>[^/]+)(?<!_brain)"),
+                Kind(r"(?<!mri/)(?P<key>[^/]+)_brain"),  # the same head without its skull, if that stands beside it
+            ),
+            brain_mask=r"(?P<key>[^/]+?)_(?:brain_?)?mask",
+            lesion_mask=r"(?P<key>[^/]+?)_(?:lesion(?:_?mask)?|seg)",
+            one_a_session=False,
+        ),
+    )
+}
+
+
+def strip_ending(path: str) -> str:
+    """`a/ID_T1w` for `a/ID_T1w.nii.gz`."""
+    return next(path[: -len(ending)] for ending in ENDINGS if path.lower().endswith(ending))
+
+
+def name_subject(name: str) -> tuple[str, str]:
+    """(subject, session) from a scan's name; a name that follows no known pattern is a subject of its own."""
+    found = (re.search(pattern, name) for pattern in SUBJECTS)
+    subject = next((match.group() for match in found if match), None)
+    found = (re.search(pattern, name) for pattern in SESSIONS)
+    session = next((match.group(1) for match in found if match), "")
+    if subject:
+        return subject, session
+    subject = CONTRAST.sub("", name)
+    repeat = REPEAT.search(subject)
+    return (subject[: repeat.start()], repeat.group(1)) if repeat and repeat.start() else (subject, session)
+
+
+def recognise(paths: list[str], modality: str) -> Layout:
+    """The layout that explains most of these paths (relative, with `/`); where none does, a folder of volumes."""
+    known = [layout for layout in LAYOUTS.values() if layout.name != "folder"]
+    counts = [sum(_match_kind(layout, path, modality) is not None for path in paths) for layout in known]
+    return known[counts.index(max(counts))] if max(counts) else LAYOUTS["folder"]
+
+
+def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found], list[tuple[str, str]]]:
+    """Tell a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
+    brains, lesions = (_key_masks(pattern, paths) for pattern in (layout.brain_mask, layout.lesion_mask))
+    masks = {path for found in (brains, lesions) for path in found.values()}
+    sessions, left_out = {}, []
+    for path in sorted(paths):
+        matched = None if path in masks else _match_kind(layout, path, modality)
+        if matched:
+            rank, match = matched
+            groups = match.groupdict()
+            file_name = strip_ending(path).rpartition("/")[2]
+            name = (groups.get("name") or file_name).replace("/", "_")
+            subject, session = groups.get("subject"), groups.get("session") or ""
+            if subject is None:
+                subject, session = name_subject(file_name)
+            key = groups.get("key") or name
+            whose = layout.one_a_session or "subject" in groups
+            one = (subject, session) if whose else (path.rpartition("/")[0], key)
+            kind = layout.scans[rank]
+            found = Found(
+                path, name, subject, session, kind.axes, kind.doubted, _pick(brains, key), _pick(lesions, key)
+            )
+            sessions.setdefault(one, []).append((rank, found))
+        elif path not in masks:
+            label = LABEL.search(strip_ending(path))
+            left_out.append((path, "a label map, not a scan" if label else f"no scan of the layout {layout.name}"))
+    scans = []
+    for volumes in sessions.values():
+        rank, best = min(volumes, key=lambda volume: volume[0])  # the first of the best kind
+        for other_rank, other in volumes:
+            if other is best or (not layout.one_a_session and other_rank == rank):
+                scans.append(other)
+            else:
+                left_out.append((other.path, f"its session is read from {best.path}"))
+    used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
+    left_out += [(path, "a mask of no scan here") for path in masks - used]
+    return sorted(scans), sorted(left_out)
+
+
+def _match(pattern: str, path: str) -> re.Match | None:
+    start = "" if pattern.startswith("^") else "(?:^|/)"
+    return re.search(f"{start}{pattern}$", strip_ending(path), re.IGNORECASE)
+
+
+def _match_kind(layout: Layout, path: str, modality: str) -> tuple[int, re.Match] | None:
+    """The first kind that a path is of, as (rank, match)."""
+    if modality not in layout.modalities or LABEL.search(strip_ending(path)):
+        return None
+    for rank, kind in enumerate(layout.scans):
+        match = _match(kind.pattern.replace("MODALITY", layout.modalities[modality]), path)
+        if match:
+            return rank, match
+    return None
+
+
+def _key_masks(pattern: str | None, paths: list[str]) -> dict[str, str]:
+    """Masks by the key of their scan, the first of each."""
+    masks = {}
+    for path in sorted(paths) if pattern else ():
+        match = _match(pattern, path)
+        if match:
+            masks.setdefault(match["key"], path)
+    return masks
+
+
+def _pick(masks: dict[str, str], key: str) -> str | None:
+    """The mask of a scan, which may go by the scan's name with or without its contrast."""
+    return masks.get(key) or masks.get(CONTRAST.sub("", key))
