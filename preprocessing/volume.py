@@ -104,36 +104,9 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
 
     # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
     planes = values.T
-    inside = planes > threshold_otsu(planes) / 2
-    inside = grow(shrink(inside, 2), 2)
-    inside = shrink(grow(inside, 3), 3)
+    inside = ndimage.binary_opening(planes > threshold_otsu(planes) / 2, iterations=2)
+    inside = ndimage.binary_closing(inside, iterations=3)
     return fill_holes(inside).T, False
-
-
-def grow(inside: np.ndarray, voxels: int) -> np.ndarray:
-    """Dilate a mask over its faces, as `scipy.ndimage.binary_dilation` does, in a quarter of the time."""
-    for _ in range(voxels):
-        grown = inside.copy()
-        for axis in range(inside.ndim):
-            # Views with that axis first, so that both neighbours can be named.
-            to, by = np.moveaxis(grown, axis, 0), np.moveaxis(inside, axis, 0)
-            to[1:] |= by[:-1]
-            to[:-1] |= by[1:]
-        inside = grown
-    return inside
-
-
-def shrink(inside: np.ndarray, voxels: int) -> np.ndarray:
-    """Erode a mask over its faces; what lies beyond the volume counts as outside."""
-    for _ in range(voxels):
-        shrunk = inside.copy()
-        for axis in range(inside.ndim):
-            to, by = np.moveaxis(shrunk, axis, 0), np.moveaxis(inside, axis, 0)
-            to[1:] &= by[:-1]
-            to[:-1] &= by[1:]
-            to[[0, -1]] = False
-        inside = shrunk
-    return inside
 
 
 def fill_holes(inside: np.ndarray) -> np.ndarray:
