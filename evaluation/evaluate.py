@@ -38,7 +38,7 @@ from models.anomaly import (
 from models.artifacts import write_atomically, write_table
 from models.checkpoint import CheckpointError, load_model
 from preprocessing.scans import LABELS, DataError
-from preprocessing.slices import ScanSlices, check_same_geometry, list_scans
+from preprocessing.slices import ScanSlices, check_same_settings, list_scans
 from preprocessing.volume import restore_to_grid
 
 LESION_VOXELS = 10  # a slice with fewer lesion voxels on the scan's own grid does not count as abnormal
@@ -69,7 +69,7 @@ class Examiner:
     def __init__(self, model_path: Path, device: torch.device, batch_size: int):
         self.model, content = load_model(model_path, device)
         self.model.to(memory_format=torch.channels_last)
-        self.size = content["config"]["size"]
+        self.slices = content["slices"]
         self.calibration = content["calibration"]
         self.precision = torch.bfloat16 if content["precision"] == "bf16" else torch.float32
         self.device, self.batch_size = device, batch_size
@@ -175,7 +175,7 @@ def evaluate(
     if not scans:
         raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
     examiner = Examiner(run / "model.pt", device, batch_size)
-    check_same_geometry(scans, examiner.size)
+    check_same_settings(scans, examiner.slices)
     settings = {
         "model": hashlib.sha256((run / "model.pt").read_bytes()).hexdigest(),
         "data": hashlib.sha256(json.dumps([[s.label, s.name, s.record] for s in scans]).encode()).hexdigest(),

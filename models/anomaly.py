@@ -23,8 +23,8 @@ RIM_PIXELS = 3.0  # the brain's rim, where masks differ and partial volume rules
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
 PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
 VOXELS_FLAGGED = 0.002  # share of a healthy brain above the calibrated voxel threshold
-WORST_IN_SLICE = 0.03  # share of the brain whose mean anomaly is the slice's score
-WORST_IN_SCAN = 0.01
+WORST_IN_SLICE = 0.01  # share of the brain whose mean anomaly is the slice's score
+WORST_IN_SCAN = 0.002
 
 
 @torch.inference_mode()

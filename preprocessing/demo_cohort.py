@@ -291,7 +291,7 @@ def make_scan(
 def make_cohort(
     raw: Path,
     train: int = 24,
-    val: int = 6,
+    val: int = 20,
     test_normal: int = 8,
     test_abnormal: int = 8,
     voxel_size: float = 2.0,
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--raw", type=Path, default=Path("Dataset/demo"), help="folder the scans go to")
     parser.add_argument("--train", type=int, default=24, help="healthy scans to train on")
-    parser.add_argument("--val", type=int, default=6, help="healthy scans to validate on")
+    parser.add_argument("--val", type=int, default=20, help="healthy scans to validate on")
     parser.add_argument("--test-normal", type=int, default=8, help="healthy scans to test on")
     parser.add_argument("--test-abnormal", type=int, default=8, help="scans with a lesion to test on")
     parser.add_argument("--voxel-size", type=float, default=2.0, help="mm; scans vary around it")

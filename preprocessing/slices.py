@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from preprocessing.scans import LABELS, DataError
 
-SAME_SETTINGS = ("format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
+SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
 
 
 @dataclass(frozen=True)
@@ -118,22 +118,21 @@ def list_scans(root: Path) -> Iterator[ScanSlices]:
             yield read_scan(folder)
 
 
-def check_same_geometry(scans: list[ScanSlices], size: int | None = None) -> int:
-    """The slice size of these scans. DataError names the first that differs in it or was made with other settings."""
-    size = size or scans[0].record["size"]
+def check_same_settings(scans: list[ScanSlices], like: dict | None = None) -> dict:
+    """The settings that these scans' slices were made with, {setting: value}.
+
+    DataError names the first scan made otherwise than the first one, or than `like`, what a model was trained on.
+    """
+    first = {setting: scans[0].record[setting] for setting in SAME_SETTINGS}
+    wanted, whose = (like, "the model's training slices") if like else (first, str(scans[0].folder))
     for scan in scans:
-        if scan.record["size"] != size:
-            raise DataError(
-                f"{scan.folder}: slices of {scan.record['size']} pixels, not {size}; preprocess all with one --size"
-            )
-        for setting in SAME_SETTINGS:
-            value, first = scan.record.get(setting), scans[0].record.get(setting)
-            if value != first:
+        for setting, value in wanted.items():
+            if scan.record[setting] != value:
                 raise DataError(
-                    f"{scan.folder}: made with {setting} {value}, but {scans[0].folder} with {first}; "
-                    "preprocess all scans the same way into one folder"
+                    f"{scan.folder}: made with {setting} {scan.record[setting]}, but {whose} with {value}; "
+                    "preprocess all scans the same way"
                 )
-    return size
+    return first
 
 
 class SliceDataset(Dataset):
@@ -143,7 +142,7 @@ class SliceDataset(Dataset):
     """
 
     def __init__(self, scans: list[ScanSlices]):
-        check_same_geometry(scans)
+        check_same_settings(scans)
         self.slices = torch.from_numpy(np.concatenate([scan.read_stack() for scan in scans]))
         self.scan_of_slice = np.repeat(np.arange(len(scans)), [len(scan.indices) for scan in scans])
 

@@ -11,7 +11,7 @@ from preprocessing.clinical import read_clinical
 from preprocessing.cohort import label_scans, split_subjects
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.scans import DataError, Scan
-from preprocessing.slices import check_same_geometry, list_scans
+from preprocessing.slices import check_same_settings, list_scans
 from tests.conftest import make_head
 
 OASIS1 = """ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay
@@ -273,4 +273,4 @@ def test_heads_with_and_without_skull_are_refused_and_do_not_mix(tmp_path):
     with pytest.raises(DataError, match=r"2 scans have their skull off and 1 do not.*skull_T1w$"):
         preprocess(command)
     with pytest.raises(DataError, match="skull_off"):
-        check_same_geometry(list(list_scans(tmp_path / "out")))
+        check_same_settings(list(list_scans(tmp_path / "out")))

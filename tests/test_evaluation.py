@@ -190,5 +190,5 @@ def test_user_errors_are_one_line(run, processed, tmp_path):
     shutil.copytree(processed / "test/normal", small)
     for record in small.glob("*/scan.json"):
         record.write_text(record.read_text().replace('"size": 32', '"size": 64'))
-    with pytest.raises(DataError, match="preprocess all with one --size"):
+    with pytest.raises(DataError, match="made with size 64, but the model's training slices with 32"):
         evaluate(["--run", str(run), "--data", str(tmp_path / "small")])

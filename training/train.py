@@ -31,7 +31,7 @@ from models.artifacts import write_atomically, write_figure, write_table
 from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from preprocessing.scans import DataError, refuse_leaks
-from preprocessing.slices import ScanSlices, SliceDataset, check_same_geometry, list_scans
+from preprocessing.slices import ScanSlices, SliceDataset, check_same_settings, list_scans
 from training.corruption import corrupt, vary_appearance
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         for split, scans in (("train", train), ("val", validation), ("test", test))
         for scan in scans
     )
-    check_same_geometry(train + validation)
+    check_same_settings(train + validation)
     return train, validation
 
 
@@ -231,8 +231,11 @@ class Trainer:
             "config": self.config["network"],
             "weights": self.best["weights"],
             "calibration": calibrate(stacks, residuals),
+            "slices": check_same_settings(self.validation_scans),
+            "precision": self.config["precision"],
+            "step": self.best["step"],
+            "val_loss": self.best["val_loss"],
         }
-        content |= {"step": self.best["step"], "val_loss": self.best["val_loss"], "precision": self.config["precision"]}
         save_checkpoint(run / "model.pt", content)
 
     @torch.inference_mode()
@@ -321,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
     parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
-    parser.add_argument("--steps", type=int, default=5600, help="optimiser steps; the learning rate's schedule follows")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps; the learning rate's schedule follows")
     parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
     parser.add_argument(
