@@ -61,12 +61,13 @@ def plan(args: argparse.Namespace, stored: list) -> Search:
     scans.sort(key=lambda scan: (SPLITS.index(scan.split), LABELS.index(scan.label), scan.name))
     if not scans:
         raise DataError(f"{args.raw}: none of its {len(found.scans)} scans has a label; {not_labelled[0][1]}")
-    places = {scan.name: (scan.split, scan.label) for scan in scans}
+    # One name under both labels is two scans (before and after); under the other label alone it has been relabelled.
+    planned = {(scan.split, scan.label, scan.name) for scan in scans}
     for old in stored:
-        place = old.folder.relative_to(args.processed).parts[:2]
-        planned = places.get(old.name, place)
-        if planned[0] == place[0] and planned != place:  # another split is a leak, which is told next
-            raise DataError(f"{old.folder}: is {'/'.join(planned)} now; delete this folder and start again")
+        split, label = old.folder.relative_to(args.processed).parts[:2]
+        other = LABELS[1 - LABELS.index(label)]
+        if (split, label, old.name) not in planned and (split, other, old.name) in planned:
+            raise DataError(f"{old.folder}: is {split}/{other} now; delete this folder and start again")
     refuse_leaks(
         [(scan.subject, scan.split, str(scan.path)) for scan in scans]
         + [(old.subject, old.folder.relative_to(args.processed).parts[0], str(old.folder)) for old in stored]

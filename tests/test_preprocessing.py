@@ -175,3 +175,17 @@ def test_sets_made_with_other_settings_do_not_mix(processed, raw, tmp_path):
     assert preprocess(command) == 0
     with pytest.raises(DataError, match=r"made with keep 0\.5, but .* with 0\.7"):
         SliceDataset([next(list_scans(processed)), next(list_scans(tmp_path))])
+
+
+def test_one_name_under_both_labels_is_two_scans(tmp_path, capsys):
+    for label in ("normal", "abnormal"):
+        folder = tmp_path / "raw/test" / label
+        folder.mkdir(parents=True)
+        nib.save(make_head(), folder / "a_T1w.nii")
+    command = ["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--size", "32", "--workers", "1"]
+    assert preprocess(command) == 0
+    assert preprocess(command) == 0
+    assert "0 done, 2 unchanged" in capsys.readouterr().out
+    (tmp_path / "raw/test/normal/a_T1w.nii").unlink()
+    with pytest.raises(DataError, match="normal/a_T1w: is test/abnormal now"):
+        preprocess(command)
