@@ -79,12 +79,13 @@ def calibrate(stacks: list[np.ndarray], residuals: list[np.ndarray]) -> dict:
     scan_scores   (scans,) and slice_scores (slices,) sorted
     threshold     () the anomaly above which VOXELS_FLAGGED of a healthy brain lies
 
-    Each scan is mapped with what the others show, for its own residuals would make it look more usual than a new one.
+    Each scan is mapped with what the others show, for its own residuals would make it look more usual than a new one;
+    a single scan has only itself.
     """
     totals = sum(_sum_by_place(residual) for residual in residuals)
     scan_scores, slice_scores, sample = [], [], []
     for stack, residual in zip(stacks, residuals, strict=True):
-        others = np.maximum(totals - _sum_by_place(residual), 0)
+        others = np.maximum(totals - _sum_by_place(residual), 0) if len(residuals) > 1 else totals
         anomaly = _divide_by_usual(residual, stack > 0, _expect(others))
         scan_scores.append(score_scan(anomaly))
         slice_scores.extend(score_slices(anomaly))

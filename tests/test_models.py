@@ -131,6 +131,15 @@ def test_calibration_divides_by_what_healthy_scans_show_there():
     assert quiet > 2 * noisy
 
 
+def test_one_validation_scan_calibrates():
+    stack, reconstruction, _ = healthy_and_lesion()
+    calibration = calibrate([stack], [smooth_residual(stack, reconstruction, (2.0, 1.5))])
+    for name, values in calibration.items():
+        assert torch.isfinite(values).all(), name
+    assert calibration["scan_scores"] > 0
+    assert calibration["threshold"] > 0
+
+
 def test_conformal_p_values():
     healthy = np.array([1.0, 2.0, 2.0, 5.0])
     # worked by hand: (1 + how many are as high) / 5
