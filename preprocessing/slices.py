@@ -84,8 +84,9 @@ def name_slice(index: int) -> str:
 def read_slice(path: Path, size: int) -> np.ndarray:
     """One slice (size, size). Raises DataError for a file that is missing, broken or of another size."""
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)  # np.load would open archives too
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete its folder and preprocess again") from error
     if values.shape != (size, size) or values.dtype.kind not in "fu":
         raise DataError(
@@ -266,9 +267,11 @@ def _mask_folder(folder: Path) -> Path:
 
 
 def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: dict | None) -> None:
-    """Write beside and rename, so that a folder with this name is always a whole one."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write beside and rename, so that a folder with this name is always a whole one.
+
+    Beside means under a name of this process: a worker whose master was killed may still be at the same scan.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
         for index, values in zip(indices, stack, strict=True):
@@ -276,12 +279,26 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
         if record is not None:
             lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
             (partial / "scan.json").write_text(f"{{\n{lines}\n}}\n")
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, old)  # deleted at leisure: killed in the middle, half a scan would keep this name
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, old)  # and deleted later: half a scan must not keep this name if this is killed
+            try:
+                os.rename(partial, folder)
+                break
+            except OSError:
+                if not folder.exists():  # if it does, that other worker was quicker
+                    raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def clear_leftovers(processed: Path) -> None:
+    """Delete what processes that were killed left half-written."""
+    for place, folders, _ in os.walk(processed):
+        for name in [name for name in folders if name.startswith(".") and name.endswith((".partial", ".old"))]:
+            shutil.rmtree(Path(place, name), ignore_errors=True)
+        if Path(place).name in (*LABELS, "masks"):
+            folders.clear()
