@@ -50,7 +50,7 @@ def start():
 
 
 def read_tree(folder):
-    """{path: content} of what must be the same; the log without the speeds in it."""
+    """{path: content} of what must be the same; without the speeds in the log and the project's own commit."""
     tree = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name in MAY_DIFFER or "tensorboard" in path.parts:
@@ -58,6 +58,8 @@ def read_tree(folder):
         content = path.read_bytes()
         if path.name == "log.csv":
             content = [row | {"slices_per_s": ""} for row in csv.DictReader(io.StringIO(content.decode()))]
+        elif path.name == "config.json":
+            content = json.loads(content) | {"commit": ""}
         tree[str(path.relative_to(folder))] = content
     return tree
 
