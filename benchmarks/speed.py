@@ -1,8 +1,9 @@
 """Measure training and evaluation against the loop that such projects usually have, and where a step's time goes.
 
 The plain loop: fp32, contiguous layout, one np.load a slice in a DataLoader without workers, the loss read after every
-step; evaluation one slice at a time. Same networks, same corruption, same slices on the same disk; the rounds of both
-alternate and each figure is the median. Run it on an idle machine. Prints tables and one JSON line last.
+step; evaluation one slice at a time. Same networks, same corruption, same slices on the same disk, each in a process of
+its own; the rounds of both alternate and each figure is the median. Run it on an idle machine. Prints tables and one
+JSON line last.
 
 With --growth, how listing, starting a training and a second preprocessing grow with the number of scans instead.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -36,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.anomaly import calibrate, map_anomalies, reconstruct, smooth_residual
 from models.autoencoder import MODELS
 from models.checkpoint import build_model
+from models.memory import keep_freed_memory
 from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
 from training.trainer import LOOK_EVERY, Trainer, choose_precision, make_pair, seed_generator, sum_squares
 
@@ -166,10 +170,11 @@ class PlainTraining:
             self.step += 1
 
 
-def evaluate_plainly(model: nn.Module, scan: ScanSlices, calibration: dict) -> np.ndarray:
+def evaluate_plainly(name: str, scan: ScanSlices, calibration: dict) -> np.ndarray:
     """The anomaly map, the network run on one slice at a time."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _kept.setdefault(name, build_model({"model": name, "size": scan.size}).to(device).eval())
     stack, parts = [], []
-    device = next(model.parameters()).device
     with torch.no_grad():
         for slices in DataLoader(PlainDataset([scan])):
             output = model(slices.to(device)).cpu()
@@ -182,6 +187,26 @@ def evaluate_ours(model: nn.Module, scan: ScanSlices, calibration: dict, precisi
     stack = scan.read_stack()
     device = next(model.parameters()).device
     return map_anomalies(stack, reconstruct(model, stack, device, 32, DTYPES[precision]), SPACING_MM, calibration)
+
+
+class Elsewhere:
+    """Runs works in another process, which has none of this one's settings."""
+
+    def __init__(self):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def __call__(self, function: Callable, *arguments) -> Callable[[], object]:
+        return lambda: self.pool.submit(function, *arguments).result()
+
+
+_kept = {}  # in that other process, what its works go on with
+
+
+def train_plainly(steps: int, *arguments) -> None:
+    if arguments not in _kept:
+        _kept.clear()
+        _kept[arguments] = PlainTraining(arguments[0], list(list_scans(arguments[1])), arguments[2])
+    _kept[arguments].run(steps)
 
 
 def alternate(rounds: int, **works: Callable) -> dict[str, float]:
@@ -225,6 +250,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     matrices = {name: measure_matrices(dtype) for name, dtype in DTYPES.items()}
     print(f"{precision} on {device.type}, {torch.get_num_threads()} threads: {why}")
     print(f"matrix products: {matrices['bf16']:.0f} GFLOP/s in bf16, {matrices['fp32']:.0f} in fp32\n")
+    keep_freed_memory()
+    elsewhere = Elsewhere()
     scans = make_store(folder, args.scans, args.slices, args.size)
     count = args.steps * args.batch_size
     figures = {"precision": precision, "threads": torch.get_num_threads()}
@@ -236,8 +263,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
     for name in args.models:
         ours = {kind: OurTraining(name, kind, scans, args.batch_size) for kind in dict.fromkeys((precision, "fp32"))}
-        works = {"plain": PlainTraining(name, scans, args.batch_size), **ours}
-        seconds = alternate(args.rounds, **{k: lambda work=work: work.run(args.steps) for k, work in works.items()})
+        works = {kind: lambda work=work: work.run(args.steps) for kind, work in ours.items()}
+        works["plain"] = elsewhere(train_plainly, args.steps, name, folder, args.batch_size)
+        seconds = alternate(args.rounds, **works)
         for kind in ours:
             show(f"training, {TITLES[name]}, {kind}", f"train_{name}_{kind}", seconds["plain"], seconds[kind], count)
     last = ours[precision]
@@ -245,16 +273,14 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     seconds = alternate(args.rounds, memory=lambda: last.run(args.steps), disk=lambda: streamed.run(args.steps))
     show(f"… {TITLES[args.models[-1]]} from disk, against in memory", "from_disk", *seconds.values(), count)
 
-    plain, ours = (build_model({"model": "dae", "size": args.size}).to(device).eval() for _ in range(2))
-    ours.load_state_dict(plain.state_dict())
-    ours.to(memory_format=torch.channels_last)
+    ours = build_model({"model": "dae", "size": args.size}).eval().to(device, memory_format=torch.channels_last)
     stack = scans[0].read_stack()
     reconstruction = reconstruct(ours, stack, device)
     residual = smooth_residual(stack, reconstruction, SPACING_MM)
     calibration = calibrate([stack] * 4, [residual, -residual] * 2)
     seconds = alternate(
         args.rounds,
-        plain=lambda: evaluate_plainly(plain, scans[0], calibration),
+        plain=elsewhere(evaluate_plainly, "dae", scans[0], calibration),
         ours=lambda: evaluate_ours(ours, scans[0], calibration, precision),
         map=lambda: map_anomalies(stack, reconstruction, SPACING_MM, calibration),
     )

@@ -26,6 +26,7 @@ from psutil import virtual_memory
 from models.artifacts import write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
+from models.memory import keep_freed_memory
 from preprocessing.scans import DataError, refuse_leaks
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from training import distributed
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type, "precision": args.precision,
         "compile": args.compile, "deterministic": args.deterministic,
     }  # fmt: skip
+    keep_freed_memory()
     device = distributed.join(device)
     try:
         if args.batch_size < distributed.count():

@@ -131,7 +131,7 @@ class Trainer:
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
         if config["compile"]:
             self.network = torch.compile(self.network)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config["lr"])
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
         # a row of the log is one turn through the slices, but at least a fiftieth of the training and at most a fifth
         turn = math.ceil(len(self.train) / config["batch_size"])
         self.epoch_steps = min(max(turn, math.ceil(config["steps"] / 50)), math.ceil(config["steps"] / 5))
