@@ -70,7 +70,7 @@ def pipeline(raw, workers):
     size = ["--size", str(SIZE), "--workers", str(workers)]
     return [
         ("preprocess", "processed", ["--raw", str(raw), "--processed", "processed", *size]),
-        ("train", "run", ["--data", "processed", "--run", "run", *TINY, "--steps", "60", "--width", "16"]),
+        ("train", "run", ["--data", "processed", "--run", "run", *TINY, "--steps", "30", "--width", "16"]),
         (
             "evaluate",
             "evaluation",
