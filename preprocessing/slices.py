@@ -12,6 +12,7 @@ every brain pixel above 0, so `slice > 0` is the brain.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -274,8 +275,10 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
+        header = io.BytesIO()  # the same for all, where np.save would make it again for each
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(stack[0]))
         for index, values in zip(indices, stack, strict=True):
-            np.save(partial / name_slice(index), values, allow_pickle=False)
+            (partial / name_slice(index)).write_bytes(header.getvalue() + values.tobytes())
         if record is not None:
             lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
             (partial / "scan.json").write_text(f"{{\n{lines}\n}}\n")
