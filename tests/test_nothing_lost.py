@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def pipeline(raw, workers):
     size = ["--size", str(SIZE), "--workers", str(workers)]
     return [
         ("preprocess", "processed", ["--raw", str(raw), "--processed", "processed", *size]),
-        ("train", "run", ["--data", "processed", "--run", "run", *TINY, "--steps", "60", "--width", "16"]),
+        ("train", "run", ["--data", "processed", "--run", "run", *TINY, "--steps", "30", "--width", "16"]),
         (
             "evaluate",
             "evaluation",
@@ -220,3 +221,18 @@ def test_a_split_cannot_lead_out_of_the_store(raw, tmp_path):
     with pytest.raises(DataError, match=r"dataset\.json"):
         preprocess(command)
     assert not (tmp_path / "in/outside").exists()
+
+
+def test_the_index_of_many_scans_is_small(processed, tmp_path):
+    record = (next(list_scans(processed)).folder / "scan.json").read_text()
+    for number in range(300):
+        folder = tmp_path / f"train/normal/sub-{number:06d}_T1w"
+        folder.mkdir(parents=True)
+        (folder / "scan.json").write_text(record)
+    next(list_scans(tmp_path))
+    tracemalloc.start()
+    scans = list(list_scans(tmp_path))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(scans) == 300
+    assert used / 300 < 1000, "bytes a scan"

@@ -205,6 +205,22 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(p
         training.main([*command, "--run", str(tmp_path / "other")])
 
 
+def test_a_long_epoch_is_saved_on_the_way(processed, tmp_path, monkeypatch):
+    train_step = Trainer.train_step
+
+    def die(self, clean):
+        if self.step == 22:
+            raise RuntimeError("as if killed")
+        return train_step(self, clean)
+
+    monkeypatch.setattr(Trainer, "train_step", die)
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "125"]  # rows at 25, 50, …
+    with pytest.raises(RuntimeError, match="as if killed"):
+        training.main(command)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 20
+
+
 def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypatch):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step

@@ -14,9 +14,29 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def count_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return rank() == 0
+
+
 def join(device: torch.device) -> torch.device:
     """Meet the processes that torchrun started with this one, if it did. Returns the device that is this one's."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if count() == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -28,25 +48,6 @@ def join(device: torch.device) -> torch.device:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def count() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def count_here() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes files and speaks to the user."""
-    return rank() == 0
 
 
 def own_part(total: int) -> range:

@@ -222,7 +222,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, CheckpointError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if distributed.is_first() else 1)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        if distributed.is_first():
+            print("stopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
