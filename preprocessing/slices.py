@@ -287,6 +287,7 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
+        stack = np.ascontiguousarray(stack)
         header = io.BytesIO()  # the same for all, where np.save would make it again for each
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(stack[0]))
         for index, values in zip(indices, stack, strict=True):

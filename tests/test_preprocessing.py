@@ -113,6 +113,17 @@ def test_no_scans_is_one_line(tmp_path):
         find_scans(tmp_path / "nowhere")
 
 
+def test_slices_are_read_as_they_were_written_however_they_lay_in_memory(tmp_path):
+    stack = np.random.default_rng(0).random((2, 16, 16)).astype(np.float16)
+    record = {"slices": [3, 4], "size": 16, "subject": "a"}
+    for name, order in (("a", stack), ("b", stack.transpose(0, 2, 1).copy().transpose(0, 2, 1)), ("c", stack[:, ::-1])):
+        write_scan(tmp_path / "test/abnormal" / name, order, (order > 0.5).astype(np.uint8), record)
+        scan = read_scan(tmp_path / "test/abnormal" / name)
+        np.testing.assert_array_equal(scan.read_stack(), order)
+        np.testing.assert_array_equal(scan.read_lesion(), order > 0.5)
+        np.testing.assert_array_equal(np.load(tmp_path / f"test/abnormal/{name}/slice_003.npy"), order[0])
+
+
 def test_half_written_scans_are_not_seen(tmp_path, monkeypatch):
     record = {"slices": [3, 4], "size": 16, "subject": "a"}
     folder = tmp_path / "train/normal/a_T1w"
