@@ -1,5 +1,6 @@
 """Killed at any moment, on a full disk, given hostile files or started twice: nothing is lost, a line says why."""
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -91,11 +93,13 @@ def run_with_kills(start, raw, tmp_path, kills, workers, panels):
         process.join()
         duration = time.monotonic() - began
         assert process.exitcode == 0
-        wanted, left = read_tree(undisturbed / output), kills
+        wanted, left, orphans = read_tree(undisturbed / output), kills, []
         while True:
             process = start(script, killed, arguments)
             process.join(rng.uniform(0, duration) if left else None)
             if process.exitcode is None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphans += psutil.Process(process.pid).children(recursive=True)
                 process.kill()
                 process.join()
                 left -= process.exitcode == -signal.SIGKILL
@@ -105,6 +109,9 @@ def run_with_kills(start, raw, tmp_path, kills, workers, panels):
             assert sorted(found) == sorted(wanted)
             assert [path for path in wanted if found[path] != wanted[path]] == []
             if not left:
+                for orphan in orphans:  # workers that outlived their master, idle by now
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        orphan.kill()
                 break
             shutil.rmtree(killed / output)  # it was done before its time: once more from the start
 
