@@ -76,8 +76,8 @@ class Examiner:
 
     def examine(self, scan: ScanSlices) -> Examined:
         stack = scan.read_stack()
-        reconstruction = reconstruct(self.model, stack, self.device, self.batch_size, self.precision)
         spacing = (scan.record["spacing_mm"][2], scan.record["pixel_mm"])
+        reconstruction = reconstruct(self.model, stack, spacing[0], self.device, self.batch_size, self.precision)
         brain = stack > 0
         brightness = map_brightness(stack)
         maps = {

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,12 +195,23 @@ def hold_folder(folder: Path, flag: str) -> Iterator[None]:
 class SliceDataset(Dataset):
     """The slices of some scans as a torch Dataset, held in memory (190 MB for 5,800 slices) or read when asked for.
 
-    An item is one slice, (1, size, size) float32 in [0, 1]; a list of indices gives a batch (B, 1, size, size) at once.
+    An item is one slice, (C, size, size) float32 in [0, 1]; a list of indices gives a batch (B, C, size, size) at once.
     In memory means that of the device, and items are on the device.
+
+    find_neighbours  given the spacing of a scan's slices in mm, which slices an item holds as its C channels, counted
+                     from its own; at the ends of a stack the last one stands for those beyond. None: itself alone
     """
 
-    def __init__(self, scans: list[ScanSlices], in_memory: bool = True, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        scans: list[ScanSlices],
+        in_memory: bool = True,
+        device: torch.device | str = "cpu",
+        find_neighbours: Callable[[float], tuple[int, ...]] | None = None,
+    ):
         check_same_settings(scans)
+        neighbours = [find_neighbours(scan.record["spacing_mm"][2]) if find_neighbours else (0,) for scan in scans]
+        self.neighbours = np.array(neighbours)  # (scans, C)
         self.scans, self.device = scans, torch.device(device)
         self.ends = np.cumsum([len(scan.indices) for scan in scans])
         self.slices = None
@@ -217,14 +228,15 @@ class SliceDataset(Dataset):
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         indices = np.atleast_1d(index)
+        scans = np.searchsorted(self.ends, indices, side="right")
+        starts = np.concatenate([[0], self.ends])[scans]
+        windows = np.clip(indices[:, None] + self.neighbours[scans], starts[:, None], self.ends[scans, None] - 1)
         if self.slices is None:
-            slices = self._send(
-                torch.from_numpy(np.stack([self._read(i) for i in indices], dtype=np.float16, casting="same_kind"))
-            )
+            read = np.stack([self._read(i) for i in windows.ravel()], dtype=np.float16, casting="same_kind")
+            slices = self._send(torch.from_numpy(read)).unflatten(0, windows.shape)
         else:
-            slices = self.slices[self._send(torch.from_numpy(indices))]
-        slices = slices.float().unsqueeze(1)
-        return slices if np.ndim(index) else slices[0]
+            slices = self.slices[self._send(torch.from_numpy(windows))]
+        return slices.float() if np.ndim(index) else slices[0].float()
 
     def in_order(self, batches: Iterable, readers: int = 4) -> Iterator[torch.Tensor]:
         """The batches with these indices one after the other; from disk, `readers` threads are that many ahead."""

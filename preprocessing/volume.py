@@ -22,6 +22,7 @@ from preprocessing.scans import DataError
 
 STRIPPED_BRAIN_ML = 2200  # no brain is larger, no head smaller
 SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
+MEDIAN = 0.62  # what half of the brain lies below
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
 SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans look like 2 mm ones
 
@@ -143,10 +144,15 @@ def resampling_weights(
     return (weights * inside[:, None]).astype(np.float32)
 
 
-def scale_intensity(values: np.ndarray) -> tuple[float, float]:
-    """The scanner values (low, high) that become 0 and 1, from the brain's values by robust percentiles."""
-    low, high = np.percentile(values, (0.5, 99.5))
-    return float(low), float(high)
+def scale_intensity(values: np.ndarray) -> tuple[float, float, float]:
+    """The scanner values (low, high) that become 0 and 1, and the exponent that then brings the median to MEDIAN.
+
+    From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
+    """
+    low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
+    if not high > low:
+        raise DataError("is constant inside the brain; convert it again from its source")
+    return low, high, float(np.log(MEDIAN) / np.log(np.clip((median - low) / (high - low), 0.2, 0.95)))
 
 
 def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float):
@@ -177,9 +183,7 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     coarse = tuple(
         slice(b.start, b.stop, max(1, round(2 / s))) for b, s in zip(box, volume.spacing_mm[::-1], strict=True)
     )
-    low, high = scale_intensity(values[coarse][planes[coarse]])
-    if not high > low:
-        raise DataError("is constant inside the brain; convert it again from its source")
+    low, high, exponent = scale_intensity(values[coarse][planes[coarse]])
     record = {
         "shape": list(volume.shape),
         "affine": volume.affine.tolist(),
@@ -189,7 +193,7 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
         "pixel_mm": fov_mm / size,
         "size": size,
         "slices": [int(i) for i in indices],
-        "scale": [low, high],
+        "scale": [low, high, exponent],
         "skull_off": bool(skull_off),
     }
     stack = np.empty((len(indices), size, size), np.float16)
@@ -198,7 +202,7 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     both = _resample(_scale_planes(values[box], planes[box], low, high), box, record)
     for target, pair in zip(stack, both, strict=True):
         value, share = pair[:, 0], pair[:, 1]
-        value = np.clip(value / np.maximum(share, 1e-6), BRAIN_FLOOR, 1)
+        value = np.clip((value / np.maximum(share, 1e-6)) ** np.float32(exponent), BRAIN_FLOOR, 1)
         value[share <= 0.5] = 0
         target[:] = value
     return stack, record

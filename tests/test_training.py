@@ -187,16 +187,20 @@ def test_learning_rate_rises_then_falls_to_zero():
 def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(processed, tmp_path, monkeypatch):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "60"]  # rows at 12, 24, …
     train_step = Trainer.train_step
-    monkeypatch.setattr(
-        Trainer, "train_step", lambda self, clean: train_step(self, clean * math.nan if self.step == 29 else clean)
-    )
+
+    def spoil(self, clean, steps=(29,)):
+        if self.step in steps:
+            next(self.model.parameters()).data.fill_(math.nan)
+        return train_step(self, clean)
+
+    monkeypatch.setattr(Trainer, "train_step", spoil)
     with pytest.raises(DataError, match=r"not a number at step 30; last\.pt holds step 24"):
         training.main(command)
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert state["step"] == 24
     assert all(values.isfinite().all() for values in state["model"].values())
     assert not (tmp_path / "run/model.pt").exists()
-    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: train_step(self, clean * math.nan))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: spoil(self, clean, steps=(0,)))
     with pytest.raises(DataError, match="not a number at step 1; nothing was saved yet"):
         training.main([*command, "--run", str(tmp_path / "other")])
 

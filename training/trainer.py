@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from models.anomaly import calibrate, reconstruct, smooth_residual
 from models.artifacts import write_figure, write_table
+from models.autoencoder import take_middle
 from models.checkpoint import build_model, save_checkpoint
 from preprocessing.scans import DataError
 from preprocessing.slices import ScanSlices, SliceDataset, check_same_settings
@@ -102,9 +103,9 @@ def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[tor
 
 
 def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input, target) of a training step from healthy slices (B, 1, H, W)."""
-    target = vary_appearance(clean, generator)
-    return (corrupt(target, generator) if corrupted else target), target
+    """(input (B, C, H, W), target (B, 1, H, W)) of a training step from healthy slices (B, C, H, W)."""
+    varied = vary_appearance(clean, generator)
+    return (corrupt(varied, generator) if corrupted else varied), take_middle(varied)
 
 
 class Trainer:
@@ -123,11 +124,13 @@ class Trainer:
         in_memory: bool = True,
     ):
         self.config, self.device = config, device
-        self.train, self.validation = (SliceDataset(scans, in_memory, device) for scans in (train, validation))
         self.precision = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
         torch.manual_seed(config["seed"])
         model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
         self.model = distributed.share_statistics(model)
+        self.train, self.validation = (
+            SliceDataset(scans, in_memory, device, model.find_neighbours) for scans in (train, validation)
+        )
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
         if config["compile"]:
             self.network = torch.compile(self.network)
@@ -192,7 +195,7 @@ class Trainer:
         batches = self.validation.in_order(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
             source = corrupt(clean, seed_generator(self.device, 0, start)) if self.model.corrupted else clean
-            squares, pixels = sum_squares(self.forward(self.model, source), clean)
+            squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
             total += squares / pixels * len(clean)
         self.model.train()
         return distributed.add(total).item() / count
@@ -297,8 +300,9 @@ class Trainer:
         def find_residual(number: int) -> np.ndarray:
             scan, record = scans[number], scans[number].record
             batch_size = self.config["batch_size"]
-            reconstruction = reconstruct(self.model, scan.read_stack(), self.device, batch_size, self.precision)
-            return smooth_residual(scan.read_stack(), reconstruction, (record["spacing_mm"][2], record["pixel_mm"]))
+            stack, spacing = scan.read_stack(), record["spacing_mm"][2]
+            reconstruction = reconstruct(self.model, stack, spacing, self.device, batch_size, self.precision)
+            return smooth_residual(stack, reconstruction, (spacing, record["pixel_mm"]))
 
         stacks = _Computed(lambda number: scans[number].read_stack(), len(scans))
         residuals = _Computed(find_residual, len(scans))
@@ -322,8 +326,8 @@ class Trainer:
         """Healthy validation slices, what the model is given, and what it makes of them."""
         clean = self.validation[np.linspace(0, len(self.validation) - 1, count).astype(int)]
         source = corrupt(clean, seed_generator(self.device, 0, 0)) if self.model.corrupted else clean
-        output = torch.where(clean > 0, self.forward(self.model, source), 0)
-        rows = [("healthy slice", clean), ("input", source), ("reconstruction", output)]
+        output = torch.where(take_middle(clean) > 0, self.forward(self.model, source), 0)
+        rows = [("healthy slice", take_middle(clean)), ("input", take_middle(source)), ("reconstruction", output)]
         figure, axes = plt.subplots(len(rows), count, figsize=(1.6 * count, 1.7 * len(rows)), layout="constrained")
         for line, (title, slices) in zip(axes, rows, strict=True):
             for axis, values in zip(line, slices[:, 0].float().cpu().numpy(), strict=True):
