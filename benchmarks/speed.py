@@ -237,6 +237,7 @@ def make_store(folder: Path, scans: int, slices: int, size: int) -> list[ScanSli
         values = 0.5 + 0.2 * np.sin(rows / 5) * np.cos(columns / 6) + 0.05 * rng.normal(size=(slices, size, size))
         stack = np.where(np.hypot(rows, columns) < 0.4 * size, values.clip(0.01, 1), 0).astype(np.float16)
         record = {"subject": str(number), "slices": list(range(slices)), "size": size}
+        record |= {"spacing_mm": [SPACING_MM[1], SPACING_MM[1], SPACING_MM[0]], "pixel_mm": SPACING_MM[1]}
         write_scan(folder / "train" / "normal" / f"{number}_T1w", stack, None, record)
     return list(list_scans(folder))
 

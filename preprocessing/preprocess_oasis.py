@@ -107,7 +107,7 @@ def preprocess(args: argparse.Namespace) -> int:
         for _, why in found.refused:
             print(f"would skip {why}", file=sys.stderr)
         return 3 if found.refused else 0
-    with hold_folder(args.processed):
+    with hold_folder(args.processed, "--processed"):
         return write_slices(args, found)
 
 

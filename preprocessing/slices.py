@@ -172,19 +172,20 @@ def check_same_settings(scans: list[ScanSlices], like: dict | None = None) -> di
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path, flag: str) -> Iterator[None]:
     """Keep other processes from working in this folder at the same time: DataError for the second.
 
-    The system's own lock on `<folder>/.lock`, which dies with its holder, however that ends.
+    It is the system's own lock on `<folder>/.lock`, which dies with its holder, however that ends. `flag` is what the
+    user gives another folder with, such as "--run".
     """
     lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise DataError(f"{folder}: another process works in this folder; wait for its end or give another") from error
+        raise DataError(f"{folder}: another process works in it; wait for its end or give another {flag}") from error
     except (OSError, NotImplementedError) as error:
-        raise DataError(f"{folder}: cannot be written ({error}); give another folder") from error
+        raise DataError(f"{folder}: cannot be written ({error}); give another {flag}") from error
     try:
         yield
     finally:

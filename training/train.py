@@ -102,7 +102,7 @@ def train(config: dict, data: Path, run: Path, in_memory: bool | None, device: t
     config["train_subjects"] = sorted({scan.subject for scan in train_scans})
     config["val_subjects"] = sorted({scan.subject for scan in validation_scans})
     asked = config["precision"]
-    with hold_folder(run) if distributed.is_first() else nullcontext():
+    with hold_folder(run, "--run") if distributed.is_first() else nullcontext():
         state = distributed.agree(load_state(run, config) if distributed.is_first() else None)
         if state and (run / "model.pt").exists():
             say(f"{run} is trained already ({config['steps']} steps); delete it to train again")
