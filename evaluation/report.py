@@ -140,7 +140,8 @@ def make_viewer(examined: Examined, threshold: float) -> str:
             black_bg=True,
             title=scan.name,
         ).get_standalone()
-    return re.sub(r"<link[^>]*>", "", page)  # an icon from the network
+    page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
+    return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page
 
 
 def _make_results(content: dict) -> str:
@@ -208,7 +209,9 @@ def _make_row(
         f'aria-controls="detail-{place}">{shown}</button></th>'
     )
     line = "".join(
-        f'<td{_class(column)} data-value="{_plain(value)}">{text}</td>' for column, (text, value) in cells.items()
+        f'<td{_class(column)} data-value="{_plain(value)}">{text}</td>'
+        for column, (text, value) in cells.items()
+        if column in columns[1:]
     )
     return (
         f'<tbody data-find="{escape(name)} {escape(row["subject"])}" data-label="{label}" '

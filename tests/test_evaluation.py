@@ -83,15 +83,6 @@ def test_intervals_are_over_subjects():
     assert auroc(labels, scores, np.arange(40)) == by_slice, "seeded"
 
 
-@pytest.fixture(scope="module")
-def evaluation(run, processed, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation")
-    command = ["--run", str(run), "--data", str(processed / "test"), "--out", str(out), "--maps", "--panels", "2"]
-    command += ["--smallest-ml", "0"]
-    assert evaluate(command) == 0
-    return out, command
-
-
 def test_evaluation_is_complete(evaluation, processed):
     out, _ = evaluation
     scans = list(list_scans(processed / "test"))
