@@ -3,13 +3,16 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from evaluation.evaluate import find_flag_score
 from evaluation.evaluate import main as evaluate
 from evaluation.metrics import (
     VoxelCounts,
@@ -19,8 +22,13 @@ from evaluation.metrics import (
     counted_average_precision,
     counted_dice,
     draw_weights,
+    list_lesions,
+    mean,
+    measure_detectability,
+    name_volume,
     tabulate,
 )
+from models.anomaly import give_p_values
 from models.checkpoint import CheckpointError
 from preprocessing.scans import DataError
 from preprocessing.slices import list_scans
@@ -183,3 +191,177 @@ def test_user_errors_are_one_line(run, processed, tmp_path):
         record.write_text(record.read_text().replace('"size": 32', '"size": 64'))
     with pytest.raises(DataError, match="made with size 64, but the model's training slices with 32"):
         evaluate(["--run", str(run), "--data", str(tmp_path / "small")])
+
+
+def test_lesions_by_hand():
+    lesion = np.zeros((6, 20, 20), dtype=bool)
+    lesion[1:3, 2:7, 2:7] = True  # 50 pixels, half of them flagged below
+    lesion[1, 8, 2] = True  # less than two pixels away: the same lesion
+    lesion[4, 15:18, 15:18] = True  # 9 pixels, none flagged
+    lesion[0, 19, 19] = True  # too small to be one
+    anomaly = np.ones(lesion.shape, dtype=np.float32)
+    anomaly[1, 2:7, 2:7] = 5
+    anomaly[1, 2:7, 7:9] = 5  # 10 more of the same region
+    anomaly[5, 0:3, 15:18] = 5  # a region that touches no lesion
+    first, second = list_lesions(lesion, anomaly, 5.0, (2.0, 2.0))
+    assert first["volume_ml"] == pytest.approx(51 * 8 / 1000)
+    assert first["covered"] == pytest.approx(25 / 51)
+    assert first["found"]
+    assert first["dice"] == pytest.approx(2 * 25 / (51 + 35))
+    assert (second["found"], second["dice"], second["covered"]) == (False, 0, 0)
+
+
+def test_detectability_counts_what_stands_behind_it():
+    rows = [
+        {"label": "abnormal", "scan": s, "subject": s, "volume_ml": ml, "found": found, "dice": dice}
+        for s, ml, found, dice in (
+            ("a", 0.5, True, 0.5),
+            ("a", 0.7, False, 0.0),
+            ("b", 0.31, False, 0.1),
+            ("b", 20, 1, 1),
+        )
+    ]
+    small, large = measure_detectability(rows, name_volume, ["0.3–1 ml", "1–3 ml", "10 ml and more"])
+    assert (small["group"], small["lesions"], small["scans"], small["subjects"]) == ("0.3–1 ml", 3, 2, 2)
+    assert small["recall"]["value"] == pytest.approx(1 / 3)
+    assert small["recall"]["low"] == 0
+    assert small["recall"]["high"] == pytest.approx(1 / 2), "both draws of the subject with one of two found"
+    assert small["dice"]["value"] == pytest.approx(0.2)
+    assert large["recall"]["value"] == 1
+    assert mean([1, 0], ["a", "a"])["low"] == 0.5, "of one subject no interval can be had"
+
+
+@pytest.mark.parametrize("false_alarms", [0.05, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("count", [5, 9, 19, 40])
+def test_flag_score_is_where_the_p_value_says(count, false_alarms):
+    healthy = np.sort(np.random.default_rng(0).random(count))
+    scores = np.concatenate([healthy, np.random.default_rng(1).random(50), [2.0]])
+    flagged = give_p_values(scores, healthy) <= false_alarms
+    mark = find_flag_score(healthy, false_alarms)
+    np.testing.assert_array_equal(flagged, scores > mark if mark is not None else np.zeros(len(scores), dtype=bool))
+
+
+def test_counts_behind_the_figures(evaluation):
+    out, _ = evaluation
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["counts"]["lesions"] == len(list(csv.DictReader((out / "lesions.csv").open()))) > 0
+    figures = content["figures"]["score"]
+    assert (figures["scan_auroc"]["scans"], figures["scan_auroc"]["subjects"]) == (4, 4)
+    assert figures["slice_auroc"]["slices"] < content["counts"]["slices"], "slices without the lesion do not count"
+    assert figures["voxel_ap"]["lesions"] == content["counts"]["lesions"]
+    assert {group["group"] for group in content["detectability"]["kind"]} == {"kind 0", "kind 1"}
+    table = (out / "table.md").read_text()
+    tex = (out / "table.tex").read_text()
+    for name in ("voxel_ap", "scan_auroc"):
+        assert f"{figures[name]['value']:.3f} ({figures[name]['low']:.3f}" in table
+        assert f"{figures[name]['value']:.3f} ({figures[name]['low']:.3f}" in tex
+    assert tex.count("&") == 5 * 6, "five figures of a head, three baselines and two of the model"
+
+
+def test_json_alone_on_standard_output(evaluation, capsys):
+    out, command = evaluation
+    assert evaluate([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "metrics.json").read_text())
+    assert evaluate(["--config", str(out / "metrics.json"), "--quiet"]) == 0, "its record is a file of flags"
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def find_files(scan) -> list[str]:
+    """--scan and --brain-mask of a scan of the store."""
+    source = Path(scan.record["source"])
+    mask = source.parents[1] / "masks" / source.name.replace("_T1w", "_brain")
+    return ["--scan", str(source), "--brain-mask", str(mask)]
+
+
+def test_one_scan_from_its_file_gets_what_the_test_set_gave_it(evaluation, run, processed, tmp_path, capsys):
+    out, _ = evaluation
+    rows = {(row["label"], row["scan"]): row for row in csv.DictReader((out / "scans.csv").open())}
+    for scan in list_scans(processed / "test"):
+        command = ["--run", str(run), *find_files(scan), "--out", str(tmp_path), "--smallest-ml", "0", "--json"]
+        assert evaluate(command) == 0
+        found = json.loads(capsys.readouterr().out)["scans"][0]
+        row = rows[scan.label, scan.name]
+        assert found["score"] == pytest.approx(float(row["score"]), rel=1e-5)
+        assert found["p_value"] == pytest.approx(float(row["p_value"]), rel=1e-5)
+        anomaly = nib.load(tmp_path / f"{scan.name}_anomaly.nii.gz")
+        same = nib.load(out / "maps" / scan.label / f"{scan.name}_anomaly.nii.gz")
+        np.testing.assert_array_equal(anomaly.get_fdata(), same.get_fdata())
+        np.testing.assert_allclose(anomaly.affine, nib.load(scan.record["source"]).affine, atol=1e-4)
+        mask = nib.load(tmp_path / f"{scan.name}_mask.nii.gz").get_fdata()
+        np.testing.assert_array_equal(mask > 0, np.nan_to_num(anomaly.get_fdata()) >= found["threshold"])
+        assert plt.imread(tmp_path / f"{scan.name}.png")[..., :3].std() > 0.05
+        volumes = [r["volume_ml"] for r in found["regions"]]
+        assert sum(volumes) == pytest.approx(mask.sum() * np.prod(anomaly.header.get_zooms()) / 1000, rel=1e-3)
+
+
+def test_several_scans_a_bad_one_among_them(run, processed, tmp_path, capsys):
+    first, second = list_scans(processed / "test/normal")
+    (tmp_path / "bad_T1w.nii.gz").write_bytes(b"nothing")
+    files = [Path(scan.record["source"]) for scan in (first, second)]
+    command = ["--run", str(run), "--out", str(tmp_path), "--scan", str(files[0]), str(tmp_path / "bad_T1w.nii.gz")]
+    assert evaluate([*command, "--scan", str(files[1])]) == 3
+    captured = capsys.readouterr()
+    assert "bad_T1w.nii.gz: is not gzip" in captured.err
+    assert captured.out.count("no verdict at a false-alarm rate of 0.05") == 2
+    assert captured.out.count("score") == 2
+    with pytest.raises(DataError, match="is not gzip"):
+        evaluate([*command[:4], "--scan", str(tmp_path / "bad_T1w.nii.gz")])
+    with pytest.raises(DataError, match="no such file"):
+        evaluate([*command[:4], "--scan", str(tmp_path / "none.nii.gz")])
+    for wrong in (["--scan", "a.txt"], ["--scan", "a.nii", "b/a.nii"], ["--scan", "a.nii", "--brain-mask", "b", "c"]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate([*command[:4], *wrong])
+        assert stop.value.code == 2
+
+
+def change(name: str, values: np.ndarray, image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """A scan unlike those that the model was trained on; values (X, Y, Z) in RAS, 0 outside the brain."""
+    affine, brain = image.affine, values > 0
+    if name == "contrast":
+        values = np.where(brain, values.max() * 1.05 - values, 0)
+    elif name == "upside down":
+        values = values[:, :, ::-1]
+    elif name == "thick":
+        values, affine = values[:, :, ::2], affine @ np.diag([1, 1, 2, 1])
+    elif name == "skull":
+        values = np.where(ndimage.binary_dilation(brain, iterations=2), 0.8 * values.max(), 0)
+        values = values + 5 * np.random.default_rng(0).random(values.shape)
+    changed = nib.Nifti1Image(np.ascontiguousarray(values, dtype=np.float32), affine)
+    if name == "axes":
+        changed.set_sform(None, code=0)
+        changed.set_qform(None, code=0)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", None),
+        ("contrast", "standard deviations from healthy scans"),
+        ("upside down", "like a healthy brain upside down"),
+        ("thick", "mm are coarser than what the model was tried on"),
+        ("skull", "with skull and scalp and the model was trained on scans without skull"),
+        ("axes", "does not tell its orientation; RAS is taken on trust"),
+    ],
+)
+def test_scans_unlike_the_training_are_said_to_be(name, words, run, processed, tmp_path, capsys):
+    scan = next(iter(list_scans(processed / "test/normal")))
+    files = find_files(scan)
+    image, mask = (nib.as_closest_canonical(nib.load(files[i])) for i in (1, 3))
+    values = np.where(mask.get_fdata() > 0, image.get_fdata(), 0)
+    nib.save(change(name, values, image), tmp_path / "scan.nii.gz")
+    command = ["--run", str(run), "--scan", str(tmp_path / "scan.nii.gz"), "--out", str(tmp_path)]
+    if name == "axes":
+        with pytest.raises(DataError, match="say with --axes"):
+            evaluate(command)
+        command += ["--axes", "RAS"]
+    assert evaluate(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "unlike what the model was trained on" in line]
+    verdict = next(i for i, line in enumerate(lines) if "verdict" in line)
+    if words is None:
+        assert not said
+    else:
+        assert any(words in line for line in said), said
+        assert lines.index(said[-1]) < verdict
