@@ -327,7 +327,7 @@ def show_worst(examiner: Examiner, scans: list[ScanSlices], rows: list[dict], qu
     for row in tqdm(worst, desc="viewers", unit="scan", disable=quiet or None):
         key = row["label"], row["scan"]
         # again: keeping every scan's maps would fill the memory
-        viewers[key] = make_viewer(examiner.examine(open_scan(by_name[key])), examiner.threshold)
+        viewers[key] = make_viewer(examiner.examine(open_scan(by_name[key]), baselines=False), examiner.threshold)
     return viewers
 
 
@@ -390,7 +390,7 @@ def examine_file(args: argparse.Namespace, examiner: Examiner, path: Path, mask:
         if file and not file.is_file():
             raise DataError(f"{file}: no such file; give --scan and --brain-mask files that are there")
     scan, doubts = examiner.cut(path, mask, args.axes, args.volume)
-    examined = examiner.examine(scan)
+    examined = examiner.examine(scan, baselines=False)
     rows, row = examiner.score(examined, args.false_alarms)
     native, affine = restore_to_grid(examined.maps["score"], scan.record), np.array(scan.record["affine"])
     regions = list_regions(native, affine, examiner.threshold, args.smallest_ml)

@@ -66,7 +66,7 @@ class OpenScan:
 
 @dataclass(frozen=True)
 class Examined:
-    """A scan with all that was made of it; stacks are (n, H, W)."""
+    """A scan with all that was made of it; stacks are (n, H, W), maps of all DETECTORS or of the model alone."""
 
     scan: OpenScan
     reconstruction: np.ndarray
@@ -90,17 +90,18 @@ class Examiner:
         self.precision = torch.bfloat16 if content["precision"] == "bf16" else torch.float32
         self.device, self.batch_size = device, batch_size
 
-    def examine(self, scan: OpenScan) -> Examined:
+    def examine(self, scan: OpenScan, baselines: bool = True) -> Examined:
+        """The scan's reconstruction and maps: of the model alone, or with those that it is measured against."""
         stack = scan.stack
         reconstruction = reconstruct(self.model, stack, self.device, self.batch_size, self.precision)
-        brightness = map_brightness(stack)
         maps = {
             "score": map_anomalies(stack, reconstruction, scan.spacing_mm, self.calibration),
             "mse": np.where(stack > 0, (stack.astype(np.float32) - reconstruction) ** 2, np.nan),
-            "bright": brightness,
-            "dark": 1 - brightness,
-            "deviation": map_deviation(stack, scan.spacing_mm, self.calibration),
         }
+        if baselines:
+            brightness = map_brightness(stack)
+            deviation = map_deviation(stack, scan.spacing_mm, self.calibration)
+            maps |= {"bright": brightness, "dark": 1 - brightness, "deviation": deviation}
         return Examined(scan, reconstruction, maps)
 
     def score(self, examined: Examined, false_alarms: float) -> tuple[list[dict], dict]:
@@ -114,14 +115,14 @@ class Examiner:
         rows = [
             who
             | {"slice": index, "lesion_voxels": lesion_voxels[i], "p_value": float(p_values[i])}
-            | {name: float(slice_scores[name][i]) for name in DETECTORS}
+            | {name: float(slice_scores[name][i]) for name in maps}
             for i, index in enumerate(scan.indices)
         ]
         scores = {name: score_scan(values) for name, values in maps.items()}
         scores["mse"] = float(slice_scores["mse"].mean())
         p_value = float(give_p_values(scores["score"], self.calibration["scan_scores"].numpy()))
         row = who | {"lesion_known": scan.lesion is not None, "p_value": p_value, "flagged": p_value <= false_alarms}
-        return rows, row | {name: scores[name] for name in DETECTORS}
+        return rows, row | scores
 
     def cut(self, path: Path, brain_mask: Path | None, axes: str | None, index: int | None) -> tuple[OpenScan, list]:
         """(the scan in this file, cut as the model's training slices were; what about it is unlike them, in words).

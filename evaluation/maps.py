@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy import ndimage
 
 from models.anomaly import find_regions
 from models.artifacts import write_atomically
@@ -45,9 +46,14 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray, about: str, 
 
 def list_regions(anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float) -> list[dict]:
     """`find_regions` of a map (I, J, K), each region with the side of the subject's brain that its centre is on."""
-    scored = np.argwhere(np.isfinite(anomaly))
-    middle = nib.affines.apply_affine(affine, scored.mean(axis=0))[0] if len(scored) else 0.0
-    regions = find_regions(anomaly, affine, threshold, smallest_ml)
+    scored = np.isfinite(anomaly)
+    flagged = scored & (np.nan_to_num(anomaly) >= threshold)
+    if not flagged.any():
+        return []
+    middle = nib.affines.apply_affine(affine, np.argwhere(scored).mean(axis=0))[0]
+    box = ndimage.find_objects(flagged.astype(np.uint8))[0]  # regions hardly fill a tenth of the grid
+    shift = nib.affines.from_matvec(np.eye(3), [side.start for side in box])
+    regions = find_regions(anomaly[box], affine @ shift, threshold, smallest_ml)
     return [region | {"side": name_side(region["x_mm"] - middle)} for region in regions]
 
 
