@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation.evaluate import find_flag_score
+from evaluation.evaluate import Evaluation, find_flag_score
 from evaluation.evaluate import main as evaluate
 from evaluation.metrics import (
     VoxelCounts,
@@ -239,6 +239,23 @@ def test_flag_score_is_where_the_p_value_says(count, false_alarms):
     flagged = give_p_values(scores, healthy) <= false_alarms
     mark = find_flag_score(healthy, false_alarms)
     np.testing.assert_array_equal(flagged, scores > mark if mark is not None else np.zeros(len(scores), dtype=bool))
+
+
+def test_false_alarms_are_counted_among_normal_scans_by_sex_and_age():
+    evaluation = Evaluation({})
+    people = (
+        ("normal", True, 29.9, "F"),
+        ("normal", False, 30, "M"),
+        ("normal", True, 75, "F"),
+        ("normal", True, None, None),
+    )
+    for label, flagged, age, sex in (*people, ("abnormal", True, 80, "M")):
+        evaluation.scans.append({"label": label, "flagged": flagged, "age": age, "sex": sex})
+    counts = evaluation.count_flagged()
+    assert [(g, c["flagged"], c["scans"]) for g, c in counts["normal_by_sex"].items()] == [("F", 2, 2), ("M", 0, 1)]
+    by_age = {group: (count["flagged"], count["scans"]) for group, count in counts["normal_by_age"].items()}
+    assert by_age == {"under 30": (1, 1), "30 to 44": (0, 1), "75 and above": (1, 1)}
+    assert (counts["normal"]["flagged"], counts["normal"]["scans"]) == (3, 4)
 
 
 def test_counts_behind_the_figures(evaluation):

@@ -218,15 +218,22 @@ def test_page_agrees_with_the_tables(evaluation):
     assert (out / "report.html").stat().st_size < 30e6
 
 
-def test_names_cannot_break_the_page(evaluation, processed, tmp_path):
+def test_ages_are_shown_and_names_cannot_break_the_page(evaluation, processed, tmp_path):
     _, command = evaluation
-    scan = next((processed / "test/normal").iterdir())
-    shutil.copytree(scan, tmp_path / "test/normal/<script>alert(1)<")
+    folder = tmp_path / "test/normal/<script>alert(1)<"
+    shutil.copytree(next((processed / "test/normal").iterdir()), folder)
+    record = json.loads((folder / "scan.json").read_text())
+    (folder / "scan.json").write_text(json.dumps(record | {"age": 61.5, "sex": "F"}))
     command = [*command, "--data", str(tmp_path / "test"), "--out", str(tmp_path / "out"), "--panels", "worst"]
     assert evaluate(command) == 0
     text = (tmp_path / "out/report.html").read_text()
     assert "<script>alert" not in text
     assert Page(text).cells[0][0] == "<script>alert(1)<"
+    assert Page(text).cells[0][-2:] == ["61.5", "F"]
+    flagged = json.loads((tmp_path / "out/metrics.json").read_text())["flagged"]
+    assert list(flagged["normal_by_sex"]) == ["F"]
+    assert list(flagged["normal_by_age"]) == ["60 to 74"]
+    assert plt.imread(tmp_path / "out/age.png")[..., :3].std() > 0.05
 
 
 def test_evaluating_again_gives_the_same_bytes(evaluation):
