@@ -197,18 +197,20 @@ def test_lesions_by_hand():
     lesion = np.zeros((6, 20, 20), dtype=bool)
     lesion[1:3, 2:7, 2:7] = True  # 50 pixels, half of them flagged below
     lesion[1, 8, 2] = True  # less than two pixels away: the same lesion
-    lesion[4, 15:18, 15:18] = True  # 9 pixels, none flagged
+    lesion[4:6, 15:18, 15:18] = True  # 18 pixels, one flagged: not found
     lesion[0, 19, 19] = True  # too small to be one
     anomaly = np.ones(lesion.shape, dtype=np.float32)
     anomaly[1, 2:7, 2:7] = 5
     anomaly[1, 2:7, 7:9] = 5  # 10 more of the same region
+    anomaly[4, 15, 15] = 5
     anomaly[5, 0:3, 15:18] = 5  # a region that touches no lesion
     first, second = list_lesions(lesion, anomaly, 5.0, (2.0, 2.0))
     assert first["volume_ml"] == pytest.approx(51 * 8 / 1000)
     assert first["covered"] == pytest.approx(25 / 51)
     assert first["found"]
     assert first["dice"] == pytest.approx(2 * 25 / (51 + 35))
-    assert (second["found"], second["dice"], second["covered"]) == (False, 0, 0)
+    assert not second["found"]
+    assert (second["dice"], second["covered"]) == (pytest.approx(2 / 19), pytest.approx(1 / 18))
 
 
 def test_detectability_counts_what_stands_behind_it():
