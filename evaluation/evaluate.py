@@ -12,6 +12,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Evaluation:
                     behind |= {"slices": len(rows)} if level == "slice" else {}
                     figures[name][f"{level}_auroc"] = auroc(labels, *table) | behind
                     figures[name][f"{level}_ap"] = average_precision(labels, *table) | behind
-            if self.lesions and all(row["lesion_known"] for row in self.scans):
+            if self.voxels[name].hold_lesions() and all(row["lesion_known"] for row in self.scans):
                 counts = self.count()
                 behind = {key: counts[key] for key in ("subjects", "slices", "lesions")} | {"scans": len(self.scans)}
                 voxels = self.voxels[name].figures(threshold if name == "score" else None)
@@ -192,6 +193,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         print(f"{out} holds this evaluation already; delete it to evaluate again")
         print_figures(content)
         return 3 if content["counts"]["skipped"] else 0
+    if done.exists():  # of other settings or another model: none of its pictures and maps may stand among the new ones
+        for folder in ("error_maps", "montages", "maps", "bids"):
+            shutil.rmtree(out / folder, ignore_errors=True)
     for folder in ("error_maps", "montages"):
         for label in LABELS:
             (out / folder / label).mkdir(parents=True, exist_ok=True)
@@ -401,9 +405,10 @@ def examine_file(args: argparse.Namespace, examiner: Examiner, path: Path, mask:
     known = len(examiner.calibration["scan_scores"])
     reason = explain_no_flag(args.false_alarms, known)
     verdict = "no verdict" if reason else "unusual" if row["flagged"] else "not unusual"
-    print(f"{path}")
+    print(path)
     for doubt in doubts:
-        print(f"  unlike what the model was trained on: {doubt}")
+        # a warning is said even where standard output is silent
+        print(f"  unlike what the model was trained on: {doubt}", file=sys.stdout or sys.stderr)
     print(
         f"  {verdict} at a false-alarm rate of {args.false_alarms:g}: score {row['score']:.2f}, "
         f"p = {row['p_value']:.3f} ({known} healthy validation scans)"

@@ -82,6 +82,9 @@ class VoxelCounts:
         for key, count in zip(found.tolist(), counts, strict=True):
             mine[key] = mine.get(key, 0) + count
 
+    def hold_lesions(self) -> bool:
+        return any(count[1] for mine in self.counts.values() for count in mine.values())
+
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         """(thresholds (bins,) falling, counts (subjects, 2, bins))."""
         bins = sorted({key for mine in self.counts.values() for key in mine}, reverse=True)

@@ -12,6 +12,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from evaluation.compare import main as compare
 from evaluation.evaluate import Evaluation, find_flag_score
 from evaluation.evaluate import main as evaluate
 from evaluation.metrics import (
@@ -170,6 +171,16 @@ def test_second_evaluation_does_nothing(evaluation, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+def test_another_evaluation_leaves_nothing_of_the_old_one(evaluation, tmp_path):
+    out, command = evaluation
+    shutil.copytree(out, tmp_path / "out")
+    command = [word for word in command if word not in ("--maps", "--bids")]
+    assert evaluate([*command, "--out", str(tmp_path / "out"), "--panels", "1"]) == 0
+    assert not (tmp_path / "out/maps").exists()
+    assert not (tmp_path / "out/bids").exists()
+    assert len(list((tmp_path / "out/error_maps").rglob("*.png"))) == 4
+
+
 def test_normal_scans_alone_and_a_broken_slice(run, processed, tmp_path, capsys):
     shutil.copytree(processed / "test/normal", tmp_path / "test/normal")
     first, second = sorted((tmp_path / "test/normal").iterdir())
@@ -275,6 +286,18 @@ def test_counts_behind_the_figures(evaluation):
         assert f"{figures[name]['value']:.3f} ({figures[name]['low']:.3f}" in table
         assert f"{figures[name]['value']:.3f} ({figures[name]['low']:.3f}" in tex
     assert tex.count("&") == 5 * 6, "five figures of a head, three baselines and two of the model"
+
+
+def test_compare_sets_models_side_by_side(evaluation, tmp_path, capsys):
+    out, _ = evaluation
+    content = json.loads((out / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps(content | {"run": "runs/other_one"}))
+    assert compare([str(out), str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert (out / "table.md").read_text().splitlines()[:7] == table.splitlines()[:7]
+    assert "| other_one, anomaly map |" in table
+    assert compare([str(out), str(tmp_path), "--latex"]) == 0
+    assert r"other\_one, anomaly map & " in capsys.readouterr().out
 
 
 def test_json_alone_on_standard_output(evaluation, capsys):
