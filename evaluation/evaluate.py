@@ -184,7 +184,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     kinds = read_kinds(args.lesions) if args.lesions else {}
     settings = {
         "model": hashlib.sha256((run / "model.pt").read_bytes()).hexdigest(),
-        "data": hashlib.sha256(json.dumps([[s.label, s.name, s.record] for s in scans]).encode()).hexdigest(),
+        "data": hash_records(scans),
         "kinds": hashlib.sha256(json.dumps(kinds).encode()).hexdigest() if kinds else None,
     }
     settings |= {key: getattr(args, key) for key in ("maps", "bids", "panels", "false_alarms", "smallest_ml")}
@@ -194,21 +194,20 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         print_figures(content)
         return 3 if content["counts"]["skipped"] else 0
     if done.exists():  # of other settings or another model: none of its pictures and maps may stand among the new ones
+        done.unlink()  # first: it is written last and says that the rest is whole
         for folder in ("error_maps", "montages", "maps", "bids"):
             shutil.rmtree(out / folder, ignore_errors=True)
     for folder in ("error_maps", "montages"):
         for label in LABELS:
             (out / folder / label).mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)  # metrics.json is written last and says that the rest is whole
     evaluation, skipped = Evaluation(kinds), 0
     if args.bids:
         write_bids_description(out / "bids", str(data), settings["model"])
-    bids_names = name_bids([scan.record for scan in scans])
-    for scan, bids_name in zip(
-        tqdm(scans, desc="evaluating", unit="scan", disable=args.quiet or None), bids_names, strict=True
-    ):
+    bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans] if args.bids else [])
+    for i, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=args.quiet or None)):
         try:
-            examined = examiner.examine(open_scan(scan))
+            scan = open_scan(stored)
+            examined = examiner.examine(scan)
         except DataError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
@@ -222,7 +221,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         if args.bids:
             about = {"Sources": [scan.record["source"]], "Label": scan.label}
             about |= {"Score": row["score"], "PValue": row["p_value"]}
-            write_bids_maps(out / "bids", bids_name, native, affine, examiner.threshold, about)
+            write_bids_maps(out / "bids", bids_names[i], native, affine, examiner.threshold, about)
         draw_scan(out, examined, rows, row, args.panels, examiner.threshold)
     if not evaluation.scans:
         raise DataError(f"{data}: not one of its {len(scans)} scans could be read; preprocess again")
@@ -255,6 +254,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     print_figures(content)
     print(f"{describe_counts(content)}; look at {out / 'report.html'}")
     return 3 if skipped else 0
+
+
+def hash_records(scans: list[ScanSlices]) -> str:
+    """Which scans these are and how they were cut, as a hash."""
+    hashed = hashlib.sha256()
+    for scan in scans:
+        hashed.update(json.dumps([scan.label, scan.name, scan.record]).encode())
+    return hashed.hexdigest()
 
 
 def draw_scan(out: Path, examined: Examined, rows: list[dict], row: dict, panels: str, threshold: float) -> None:

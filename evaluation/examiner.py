@@ -32,7 +32,9 @@ DETECTORS = {
 }
 THICKEST_MM = 4.0  # between slices; what the default model was tried on (EXPERIMENTS.md)
 BRAIN_ML = (700, 2000)  # of an adult
-USUAL_DEVIATION = 0.8  # median z-score of a brain's intensity: up to 0.55 in healthy scans, above 1 in other contrasts
+USUAL_DEVIATION = (
+    0.7  # median z-score of a brain's intensity: up to 0.5 in healthy scans, 1.3 in one of dark white matter
+)
 FLIPS = {"upside down": 0, "back to front": 1}  # axes of a stack; left and right look too much alike
 
 
@@ -93,7 +95,9 @@ class Examiner:
     def examine(self, scan: OpenScan, baselines: bool = True) -> Examined:
         """The scan's reconstruction and maps: of the model alone, or with those that it is measured against."""
         stack = scan.stack
-        reconstruction = reconstruct(self.model, stack, self.device, self.batch_size, self.precision)
+        reconstruction = reconstruct(
+            self.model, stack, scan.spacing_mm[0], self.device, self.batch_size, self.precision
+        )
         maps = {
             "score": map_anomalies(stack, reconstruction, scan.spacing_mm, self.calibration),
             "mse": np.where(stack > 0, (stack.astype(np.float32) - reconstruction) ** 2, np.nan),
@@ -176,7 +180,7 @@ class Examiner:
         doubts += [
             f"it looks more like a healthy brain {words} than as its header says; check its orientation"
             for words, deviation in zip(FLIPS, flipped, strict=True)
-            if deviation < usual
+            if deviation < min(usual, USUAL_DEVIATION)
         ]
         return doubts
 

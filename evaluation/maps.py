@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -75,16 +76,19 @@ def locate_stack(record: dict) -> np.ndarray:
     return np.array(record["affine"]) @ to_stored @ within
 
 
-def name_bids(records: list[dict]) -> list[str]:
-    """`sub-01/[ses-1/]anat/sub-01_[ses-1_][run-1_]` for each scan, no two alike: runs tell scans of a session apart."""
+def name_bids(scans: list[tuple[str, str | None]]) -> list[str]:
+    """`sub-01/[ses-1/]anat/sub-01[_ses-1][_run-1]` for each (subject, session), no two alike: runs tell them apart."""
     stems = []
-    for record in records:
-        parts = [f"sub-{_keep_letters(record['subject'])}"]
-        if record.get("session"):
-            parts.append(f"ses-{_keep_letters(record['session'])}")
+    for subject, session in scans:
+        parts = [f"sub-{_keep_letters(subject)}"]
+        if session:
+            parts.append(f"ses-{_keep_letters(session)}")
         stems.append("/".join([*parts, "anat", "_".join(parts)]))
-    runs = [stems[: i + 1].count(stem) for i, stem in enumerate(stems)]
-    return [f"{stem}_run-{run}" if stems.count(stem) > 1 else stem for stem, run in zip(stems, runs, strict=True)]
+    of_session, seen, names = Counter(stems), Counter(), []
+    for stem in stems:
+        seen[stem] += 1
+        names.append(f"{stem}_run-{seen[stem]}" if of_session[stem] > 1 else stem)
+    return names
 
 
 def write_bids_maps(

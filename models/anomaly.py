@@ -18,6 +18,8 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from models.autoencoder import take_middle
+
 SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in the plane and across slices
 RIM_PIXELS = 3.0  # the brain's rim, where masks differ and partial volume rules, is faded in over this
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
@@ -31,18 +33,23 @@ WORST_IN_SCAN = 0.002
 def reconstruct(
     model: nn.Module,
     stack: np.ndarray,
+    spacing_mm: float,
     device: str = "cpu",
     batch_size: int = 32,
     precision: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """The model's reconstruction of a stack (n, H, W) in [0, 1]: the same shape, float32, 0 outside the brain."""
-    slices = torch.from_numpy(np.asarray(stack, dtype=np.float32)).unsqueeze(1)
+    """The model's reconstruction of a stack (n, H, W) in [0, 1] whose slices are `spacing_mm` apart.
+
+    The same shape, float32, 0 outside the brain. At the ends of the stack a slice stands for its missing neighbour.
+    """
+    slices = torch.from_numpy(np.asarray(stack, dtype=np.float32))
+    places = torch.arange(len(slices))[:, None] + torch.tensor(model.find_neighbours(spacing_mm))
     parts = []
-    for batch in slices.split(batch_size):
-        batch = batch.to(device, memory_format=torch.channels_last)
+    for window in places.clamp(0, len(slices) - 1).split(batch_size):
+        batch = slices[window].to(device, memory_format=torch.channels_last)
         with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
             output = model(batch)
-        parts.append(torch.where(batch > 0, output.float(), 0).squeeze(1).cpu())
+        parts.append(torch.where(take_middle(batch) > 0, output.float(), 0).squeeze(1).cpu())
     return torch.cat(parts).numpy()
 
 

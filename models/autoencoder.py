@@ -1,8 +1,10 @@
-"""The convolutional autoencoders. `MODELS` names them; both map slices (B, 1, H, W) in [0, 1] to slices.
+"""The convolutional autoencoders. `MODELS` names them; both map slices (B, C, H, W) in [0, 1] to (B, 1, H, W).
 
 cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw the unknown.
 dae  a denoising U-Net: trained to undo corruptions of healthy slices (Kascenas et al., MIDL 2022; Naval Marimont et
      al., "DISYRE", 2024), it takes an anomaly for one more corruption and draws the healthy tissue instead.
+
+The C channels are the slice that is to be drawn, in the middle, and those of its neighbours that the model asks for.
 """
 
 from __future__ import annotations
@@ -10,6 +12,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+NEIGHBOUR_MM = 4.0  # about how far the neighbours that a model is shown lie from the slice it draws
+
+
+def take_middle(slices: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) the slices themselves, without their neighbours, of (B, C, H, W)."""
+    middle = slices.shape[1] // 2
+    return slices[:, middle : middle + 1]
 
 
 def convolution_block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
@@ -30,6 +40,11 @@ class ConvolutionalAutoencoder(nn.Module):
     """
 
     corrupted = False  # trained with input = target
+
+    @staticmethod
+    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
+        """Which slices it is shown, counted from the one it draws, where slices are so far apart: that one alone."""
+        return (0,)
 
     def __init__(self, size: int = 128, width: int = 32, latent: int = 64):
         super().__init__()
@@ -54,6 +69,9 @@ class ConvolutionalAutoencoder(nn.Module):
 class DenoisingUNet(nn.Module):
     """U-Net on cells of 4x4 pixels, which sees several times the slices in the same time; it draws the correction.
 
+    It is shown the slices about 4 mm below and above too: a fold of the cortex goes on there, a lesion does otherwise.
+    What comes up is added to what was kept on the way down, not joined to it, for two thirds of the arithmetic.
+
     size   unused by the network itself (it is convolutional); kept so that both models are made alike
     width  channels of the first level; they double at each of the `depth - 1` next
     """
@@ -66,24 +84,29 @@ class DenoisingUNet(nn.Module):
         widths = [width * 2**level for level in range(depth)]
         self.stem = nn.PixelUnshuffle(self.cell)
         self.down = nn.ModuleList()
-        for i, o in zip([self.cell**2, *widths[:-1]], widths, strict=True):
+        for i, o in zip([3 * self.cell**2, *widths[:-1]], widths, strict=True):
             self.down.append(nn.Sequential(convolution_block(i, o), convolution_block(o, o)))
-        self.up = nn.ModuleList()
+        self.narrow, self.up = nn.ModuleList(), nn.ModuleList()
         for deeper, shallower in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            self.up.append(
-                nn.Sequential(convolution_block(deeper + shallower, shallower), convolution_block(shallower, shallower))
-            )
+            self.narrow.append(nn.Conv2d(deeper, shallower, 1))
+            self.up.append(nn.Sequential(*(convolution_block(shallower, shallower) for _ in range(2))))
         self.to_slice = nn.Sequential(nn.Conv2d(width, self.cell**2, 3, padding=1), nn.PixelShuffle(self.cell))
 
+    @staticmethod
+    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
+        """Which slices it is shown, counted from the one it draws, where slices are so far apart."""
+        step = max(1, round(NEIGHBOUR_MM / spacing_mm))
+        return (-step, 0, step)
+
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
-        x, skips = self.stem(slices), []
+        x, kept = self.stem(slices), []
         for level, block in enumerate(self.down):
             x = block(F.avg_pool2d(x, 2) if level else x)
-            skips.append(x)
-        skips.pop()
-        for block in self.up:
-            x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()], dim=1))
-        return slices + self.to_slice(x)
+            kept.append(x)
+        kept.pop()
+        for narrow, block in zip(self.narrow, self.up, strict=True):
+            x = block(F.interpolate(narrow(x), scale_factor=2, mode="nearest") + kept.pop())
+        return take_middle(slices) + self.to_slice(x)
 
 
 MODELS = {"cae": ConvolutionalAutoencoder, "dae": DenoisingUNet}

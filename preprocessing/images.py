@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from isal import isal_zlib  # unpacks twice as fast as zlib
 from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff
 
 from preprocessing.scans import DataError
@@ -16,7 +16,7 @@ from preprocessing.scans import DataError
 MOST_VOXELS = 512**3  # 0.5 mm over 256 mm; float32 takes 0.5 GB of them
 SPACING_MM = (0.05, 20)  # of a voxel: what a brain scan can have
 DEFLATE_RATIO = 1032  # gzip makes nothing smaller than this
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 18  # bytes
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters about a header is said below, in one line
 
@@ -166,7 +166,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
                 break  # a single volume is read to its end, where the checksum stands
     if packed and filled < wanted:
         raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
-    if size - promised > max(promised // 100, CHUNK // 16):
+    if size - promised > max(promised // 100, 1 << 16):
         raise DataError(f"{path}: holds {size} bytes where its header says {promised}; convert it again")
     return content.view(dtype) if packed else np.fromfile(path, dtype, count, offset=first)
 
@@ -174,15 +174,15 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
 def _unpack(path: Path):
     """The content of a gzip file in pieces, checksums verified."""
     with open(path, "rb") as file:
-        unpacker = zlib.decompressobj(31)
+        unpacker = isal_zlib.decompressobj(31)
         packed = file.read(CHUNK)
         while not unpacker.eof:
-            piece = unpacker.decompress(packed, CHUNK // 4)
+            piece = unpacker.decompress(packed, CHUNK)
             packed = unpacker.unconsumed_tail or (b"" if unpacker.eof else file.read(CHUNK))
             if unpacker.eof:  # another member may follow, or zeros that fill up a tape's block
                 packed = (unpacker.unused_data + file.read(CHUNK)).lstrip(b"\0")
                 if packed:
-                    unpacker = zlib.decompressobj(31)
+                    unpacker = isal_zlib.decompressobj(31)
             elif not (piece or packed):
                 raise DataError(f"{path}: ends in the middle; copy it again")
             yield piece

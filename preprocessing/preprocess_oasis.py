@@ -35,7 +35,7 @@ from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.layouts import LAYOUTS
 from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
 from preprocessing.settings import list_flags, parse_flags, read_axes
-from preprocessing.slices import list_scans
+from preprocessing.slices import clear_leftovers, hold_folder, list_scans
 from preprocessing.worker import FORMAT, preprocess_scan
 
 
@@ -108,7 +108,15 @@ def preprocess(args: argparse.Namespace) -> int:
         for _, why in found.refused:
             print(f"would skip {why}", file=sys.stderr)
         return 3 if found.refused else 0
+    with hold_folder(args.processed):
+        return write_slices(args, found)
+
+
+def write_slices(args: argparse.Namespace, found: Search) -> int:
+    """Bring the scans that were found into the store; returns the exit code."""
+    clear_leftovers(args.processed)
     # First, so that a run that is cut off goes on with the same splits.
+    cut_off = not _is_finished(args.processed)
     record = _begin_record(args, found)
     _write_record(args.processed, record)
     counts, skipped = Counter(skipped=len(found.refused)), list(found.refused)
@@ -132,12 +140,12 @@ def preprocess(args: argparse.Namespace) -> int:
         "skipped": [{"file": path, "why": why} for path, why in skipped],
         "left_out": [{"file": path, "why": why} for path, why in found.left_out],
     }
-    _write_record(args.processed, record)
-    if stored and (counts["done"] or not (args.processed / "qc.png").exists()):
+    if stored and (counts["done"] or cut_off):
         try:
             draw_contact_sheet(stored, args.processed)
         except OSError as error:
             raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
+    _write_record(args.processed, record)  # again and last: with "scans" in it, it says that the rest is whole
     print(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {counts['skipped']} skipped; "
         f"slices in {args.processed}"
@@ -186,17 +194,31 @@ def _begin_record(args: argparse.Namespace, found: Search) -> dict:
     }
 
 
-def _read_splits(args: argparse.Namespace) -> dict[str, str]:
-    """The splits that an earlier run gave with the same shares and seed, whether its scans were done or not."""
-    path = args.processed / "dataset.json"
+def _read_old_record(processed: Path) -> dict | None:
+    """`dataset.json` of an earlier run, None where there is none. What it says becomes folders, so it is checked."""
+    path = processed / "dataset.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        same = (record["flags"]["split"], record["flags"]["seed"]) == (args.split, args.seed)
-        return record["splits"] if same else {}
+        if not set(record["splits"].values()) <= set(SPLITS):
+            raise ValueError("a split that is none")
+        record["flags"]["split"], record["flags"]["seed"]  # there or a KeyError
+        return record
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it") from error
+
+
+def _read_splits(args: argparse.Namespace) -> dict[str, str]:
+    """The splits that an earlier run gave with the same shares and seed, whether its scans were done or not."""
+    old = _read_old_record(args.processed)
+    same = old and (old["flags"]["split"], old["flags"]["seed"]) == (args.split, args.seed)
+    return old["splits"] if same else {}
+
+
+def _is_finished(processed: Path) -> bool:
+    """Whether the last run there came to its end."""
+    return "scans" in (_read_old_record(processed) or {}) and (processed / "qc.png").exists()
 
 
 def _write_record(processed: Path, record: dict) -> None:

@@ -8,6 +8,7 @@ to right, so `imshow(slice, origin="lower")` shows the nose up and the subject's
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from preprocessing.scans import DataError
 
 STRIPPED_BRAIN_ML = 2200  # no brain is larger, no head smaller
 SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
+MEDIAN = 0.62  # what half of the brain lies below
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
 SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans look like 2 mm ones
 
@@ -142,10 +144,15 @@ def resampling_weights(
     return (weights * inside[:, None]).astype(np.float32)
 
 
-def scale_intensity(values: np.ndarray) -> tuple[float, float]:
-    """The scanner values (low, high) that become 0 and 1, from the brain's values by robust percentiles."""
-    low, high = np.percentile(values, (0.5, 99.5))
-    return float(low), float(high)
+def scale_intensity(values: np.ndarray) -> tuple[float, float, float]:
+    """The scanner values (low, high) that become 0 and 1, and the exponent that then brings the median to MEDIAN.
+
+    From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
+    """
+    low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
+    if not high > low:
+        raise DataError("is constant inside the brain; convert it again from its source")
+    return low, high, float(np.log(MEDIAN) / np.log(np.clip((median - low) / (high - low), 0.2, 0.95)))
 
 
 def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float):
@@ -172,10 +179,11 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     if volume.missing is not None and (volume.missing & brain).any():
         raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are no finite number; convert it again")
     box = find_box(brain)
-    inside = values[box][planes[box]].astype(np.float32)
-    low, high = scale_intensity(inside)
-    if not high > low:
-        raise DataError("is constant inside the brain; convert it again from its source")
+    # percentiles need no more of the voxels than every one at about 2 mm
+    coarse = tuple(
+        slice(b.start, b.stop, max(1, round(2 / s))) for b, s in zip(box, volume.spacing_mm[::-1], strict=True)
+    )
+    low, high, exponent = scale_intensity(values[coarse][planes[coarse]])
     record = {
         "shape": list(volume.shape),
         "affine": volume.affine.tolist(),
@@ -185,24 +193,35 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
         "pixel_mm": fov_mm / size,
         "size": size,
         "slices": [int(i) for i in indices],
-        "scale": [low, high],
+        "scale": [low, high, exponent],
         "skull_off": bool(skull_off),
     }
+    stack = np.empty((len(indices), size, size), np.float16)
     box = (_used_slices(len(planes), record)[1], *box[1:])
-    within = planes[box].astype(np.float32, order="C")
-    scaled = values[box].astype(np.float32, order="C")
-    scaled -= np.float32(low)
-    scaled /= np.float32(high - low)
-    np.clip(scaled, 0, 1, out=scaled)
-    scaled *= within
     # Values are averaged over the brain alone, so that the rim does not fade into the background.
-    stack = _resample(scaled, box, record)
-    del scaled  # a worker holds no more of a volume than it needs
-    share = _resample(within, box, record)
-    stack /= np.maximum(share, 1e-6)
-    np.clip(stack, BRAIN_FLOOR, 1, out=stack)
-    stack[share <= 0.5] = 0
-    return stack.astype(np.float16), record
+    both = _resample(_scale_planes(values[box], planes[box], low, high), box, record)
+    for target, pair in zip(stack, both, strict=True):
+        value, share = pair[:, 0], pair[:, 1]
+        value = np.clip((value / np.maximum(share, 1e-6)) ** np.float32(exponent), BRAIN_FLOOR, 1)
+        value[share <= 0.5] = 0
+        target[:] = value
+    return stack, record
+
+
+def _scale_planes(values: np.ndarray, brain: np.ndarray, low: float, high: float) -> Iterator[np.ndarray]:
+    """Each axial plane as (Y, 2, X) float32: its values with low to high brought to [0, 1], and its brain mask.
+
+    One plane at a time, which stays in the processor's cache; the array is used again for the next.
+    """
+    plane = np.empty((values.shape[1], 2, values.shape[2]), np.float32)
+    scaled, within = plane[:, 0], plane[:, 1]
+    for value, mask in zip(values, brain, strict=True):
+        np.subtract(value, low, out=scaled, dtype=np.float32, casting="same_kind")
+        scaled /= np.float32(high - low)
+        np.clip(scaled, 0, 1, out=scaled)
+        within[:] = mask
+        scaled *= within
+        yield plane
 
 
 def find_box(inside: np.ndarray) -> tuple[slice, slice, slice]:
@@ -215,7 +234,8 @@ def find_box(inside: np.ndarray) -> tuple[slice, slice, slice]:
 def cut_mask(mask: np.ndarray, record: dict) -> np.ndarray:
     """The (n, size, size) uint8 stack of a lesion mask (X, Y, Z) over the pixels that `record` describes."""
     box = (_used_slices(mask.shape[2], record)[1], *find_box(mask)[1:])
-    return (_resample(mask.T[box].astype(np.float32, order="C"), box, record) > 0.5).astype(np.uint8)
+    planes = (plane[:, None].astype(np.float32) for plane in mask.T[box])
+    return np.stack([share[:, 0] > 0.5 for share in _resample(planes, box, record)]).astype(np.uint8)
 
 
 def restore_to_grid(stack: np.ndarray, record: dict) -> np.ndarray:
@@ -264,8 +284,8 @@ def _used_slices(depth: int, record: dict) -> tuple[np.ndarray, slice]:
     return across, slice(int(used[0]), int(used[-1]) + 1)
 
 
-def _resample(values: np.ndarray, box: tuple[slice, slice, slice], record: dict) -> np.ndarray:
-    """(Z, Y, X) float32, that box of the volume, 0 outside -> (n, size, size): the kept slices on the pixel grid."""
+def _resample(planes: Iterable[np.ndarray], box: tuple[slice, slice, slice], record: dict) -> Iterator[np.ndarray]:
+    """(Y, C, X) float32 planes of that box of the volume, 0 outside -> (size, C, size) of each kept slice, in order."""
     spacing, size, pixel = record["spacing_mm"], record["size"], record["pixel_mm"]
     shape = _canonical_shape(record)
     columns, rows = (
@@ -281,13 +301,22 @@ def _resample(values: np.ndarray, box: tuple[slice, slice, slice], record: dict)
         for axis in (0, 1)
     )
     across = _used_slices(shape[2], record)[0][:, box[0]]
-    # Few weights of a row are not 0, so sparse products are several times faster than dense ones.
-    across, rows, columns = (sparse.csr_array(weights) for weights in (across, rows, columns))
-    thick = (across @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
-    resampled = np.empty((len(thick), size, size), np.float32)
-    for target, plane in zip(resampled, thick, strict=True):
-        target[:] = (columns @ (rows @ plane).T).T
-    return resampled
+    # Few weights of a row are not 0, so sparse products are faster than dense ones, and one thread does them.
+    rows, columns = sparse.csr_array(rows), sparse.csr_array(columns)
+
+    def resample(plane):
+        narrow = (rows @ plane.reshape(len(plane), -1)).reshape(-1, plane.shape[2])
+        return (columns @ narrow.T).T.reshape(size, -1, size)
+
+    resampled = map(resample, planes)
+    seen, read = {}, 0  # the planes that this kept slice and those to come are made of; how many were read
+    for weights in across:
+        used = np.flatnonzero(weights)
+        seen = {z: plane for z, plane in seen.items() if z >= used[0]}
+        while read <= used[-1]:
+            seen[read] = next(resampled)
+            read += 1
+        yield sum(weights[z] * seen[z] for z in used)
 
 
 def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

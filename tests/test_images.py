@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import struct
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -279,15 +280,15 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     make_masked(tmp_path)
     shutil.rmtree(tmp_path / "raw/test/masks")
     nib.save(make_head(), tmp_path / "raw/test/abnormal/b_T1w.nii")
-    save, calls = np.save, []
+    write, calls = Path.write_bytes, []
 
-    def fill_up(path, values, **options):
+    def fill_up(path, content):
         calls.append(path)
         if len(calls) > 40 and "b_T1w" in str(path):
             raise OSError(28, "No space left on device")
-        save(path, values, **options)
+        write(path, content)
 
-    monkeypatch.setattr(np, "save", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     command = ["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--size", "32", "--workers", "1"]
     assert preprocess(command) == 3
     assert "b_T1w: cannot be written ([Errno 28] No space left on device); free some space" in capsys.readouterr().err

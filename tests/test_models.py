@@ -20,18 +20,19 @@ from models.anomaly import (
     score_slices,
     smooth_residual,
 )
-from models.autoencoder import MODELS
+from models.autoencoder import MODELS, take_middle
 from models.checkpoint import CheckpointError, build_model, load_model, save_checkpoint
-from training.corruption import corrupt, vary_appearance
+from preprocessing.slices import SliceDataset, list_scans
+from training.corruption import corrupt, vary_appearance, warp_locally
 
 
-def make_slices(count=6, size=32, seed=0):
-    """Textured discs: (count, 1, size, size) in [0, 1], 0 outside."""
+def make_slices(count=6, size=32, seed=0, channels=1):
+    """Textured discs: (count, channels, size, size) in [0, 1], 0 outside."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     disc = np.hypot(x, y) < size * 0.4
-    values = 0.5 + 0.2 * np.sin(x / 3) * np.cos(y / 4) + 0.02 * rng.normal(size=(count, size, size))
-    return torch.from_numpy(np.where(disc, values, 0).astype(np.float32)).unsqueeze(1)
+    values = 0.5 + 0.2 * np.sin(x / 3) * np.cos(y / 4) + 0.02 * rng.normal(size=(count, channels, size, size))
+    return torch.from_numpy(np.where(disc, values, 0).astype(np.float32))
 
 
 CONFIGS = [{"model": "cae", "size": 32, "width": 8, "latent": 6}, {"model": "dae", "size": 32, "width": 8, "depth": 3}]
@@ -41,10 +42,10 @@ CONFIGS = [{"model": "cae", "size": 32, "width": 8, "latent": 6}, {"model": "dae
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_shapes_and_gradients(config, batch):
     model = build_model(config).train()
-    slices = make_slices(batch)
+    slices = make_slices(batch, channels=len(model.find_neighbours(2.0)))
     output = model(slices)
-    assert output.shape == slices.shape
-    ((output - slices) ** 2).mean().backward()
+    assert output.shape == (batch, 1, 32, 32)
+    ((output - take_middle(slices)) ** 2).mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -59,7 +60,7 @@ def test_bottleneck_is_far_smaller_than_the_input():
 
 @pytest.mark.parametrize("spoil", [vary_appearance, corrupt])
 def test_corruption_keeps_the_conventions_and_repeats(spoil):
-    slices = make_slices(16, 64)
+    slices = make_slices(16, 64, channels=3)
     first = spoil(slices, torch.Generator().manual_seed(1))
     again = spoil(slices, torch.Generator().manual_seed(1))
     other = spoil(slices, torch.Generator().manual_seed(2))
@@ -77,9 +78,43 @@ def test_corruption_keeps_the_conventions_and_repeats(spoil):
 def test_reconstruct_any_batch_size_gives_the_same():
     model = build_model(CONFIGS[1]).eval()
     stack = make_slices(7)[:, 0].numpy()
-    a, b = (reconstruct(model, stack, batch_size=size) for size in (2, 7))
+    a, b = (reconstruct(model, stack, 2.0, batch_size=size) for size in (2, 7))
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert (a[stack == 0] == 0).all()
+
+
+def test_neighbours_are_those_4_mm_away_in_training_and_in_use(processed):
+    """The window that the dataset gives is the one that `reconstruct` shows the model."""
+    scan = next(list_scans(processed / "train"))
+    spacing = scan.record["spacing_mm"][2]
+    seen = []
+
+    class Echo(torch.nn.Module):
+        find_neighbours = staticmethod(MODELS["dae"].find_neighbours)
+
+        def forward(self, slices):
+            seen.append(slices)
+            return take_middle(slices)
+
+    reconstruct(Echo(), scan.read_stack(), spacing, batch_size=4)
+    dataset = SliceDataset([scan], find_neighbours=MODELS["dae"].find_neighbours)
+    torch.testing.assert_close(dataset[:], torch.cat(seen))
+    assert [MODELS["dae"].find_neighbours(mm)[-1] for mm in (1.0, 2.0, 3.0, 4.0, 6.0)] == [4, 2, 1, 1, 1]
+    stack, step = torch.from_numpy(scan.read_stack()).float(), MODELS["dae"].find_neighbours(spacing)[-1]
+    torch.testing.assert_close(dataset[step], stack[[0, step, 2 * step]])
+    torch.testing.assert_close(dataset[0], stack[[0, 0, step]])  # nothing lies below the first
+
+
+def test_what_happens_to_a_slice_happens_to_its_neighbours():
+    same = make_slices(16, 64).expand(-1, 3, -1, -1)
+    warped = warp_locally(same, torch.Generator().manual_seed(0))
+    assert (warped != same).flatten(1).any(1).all()
+    torch.testing.assert_close(warped[:, 0], warped[:, 2])
+    spoilt = corrupt(same, torch.Generator().manual_seed(0))
+    changed = (spoilt != same).flatten(2).any(2)
+    assert changed[:, 1].sum() >= changed[:, 0].sum() > 8, "blobs go on through the slices"
+    alike = torch.corrcoef(torch.stack([(spoilt - same)[:, 0].flatten(), (spoilt - same)[:, 1].flatten()]))[0, 1]
+    assert 0.5 < alike < 0.999, "but are not the same in all"
 
 
 def test_mse_by_hand():

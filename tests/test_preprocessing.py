@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -117,13 +118,13 @@ def test_half_written_scans_are_not_seen(tmp_path, monkeypatch):
     folder = tmp_path / "train/normal/a_T1w"
     calls = []
 
-    def fail_at_second(path, values, **_):
+    def fail_at_second(path, content):
         calls.append(path)
         if len(calls) == 2:
             raise OSError("No space left on device")
-        path.write_bytes(b"")
+        path.touch()
 
-    monkeypatch.setattr(np, "save", fail_at_second)
+    monkeypatch.setattr(Path, "write_bytes", fail_at_second)
     with pytest.raises(OSError, match="No space"):
         write_scan(folder, np.zeros((2, 16, 16), np.float16), None, record)
     assert list(list_scans(tmp_path)) == []

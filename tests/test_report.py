@@ -129,10 +129,7 @@ def test_regions_name_the_subjects_side(axes):
 
 
 def test_bids_names_are_valid_and_unlike():
-    records = [
-        {"subject": s, "session": ses} for s, ses in (("sub-01", "ses-1"), ("a_b", ""), ("c", ""), ("a-b", None))
-    ]
-    names = name_bids(records)
+    names = name_bids([("sub-01", "ses-1"), ("a_b", ""), ("c", ""), ("a-b", None)])
     assert names[0] == "sub-01/ses-1/anat/sub-01_ses-1"
     assert names[1:] == ["sub-ab/anat/sub-ab_run-1", "sub-c/anat/sub-c", "sub-ab/anat/sub-ab_run-2"]
 

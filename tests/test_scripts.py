@@ -1,6 +1,7 @@
 """The scripts run from anywhere, end user errors in one line, and the folders depend on each other one way only."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
-    "evaluation/compare.py", "benchmarks/preprocessing.py",
+    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py",
 ]  # fmt: skip
 MAY_IMPORT = {
     "preprocessing": {"preprocessing"},
@@ -68,3 +69,12 @@ def test_folders_depend_one_way_and_scripts_are_not_imported():
                     top = module.split(".")[0]
                     assert top not in MAY_IMPORT or top in allowed, f"{path} imports {module}"
                     assert module not in scripts, f"{path} imports the script {module}"
+
+
+@pytest.mark.slow
+def test_the_benchmark_ends_with_a_line_of_figures(tmp_path):
+    small = ["--rounds", "1", "--steps", "1", "--size", "32", "--scans", "2", "--slices", "8", "--batch-size", "4"]
+    for arguments, figure in ((small, "train_dae_fp32"), (["--growth", "50"], "listing")):
+        result = run_script(PROJECT / "benchmarks/speed.py", *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1])[figure]

@@ -4,17 +4,22 @@ import csv
 import json
 import math
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import training.train as training
+import training.trainer as trainer
 from models.checkpoint import load_model
 from preprocessing.scans import DataError
-from preprocessing.slices import list_scans
+from preprocessing.slices import SliceDataset, list_scans
 from tests.conftest import TINY
-from training.train import find_training_scans, pick_batch, schedule_learning_rate
+from tests.test_scripts import PROJECT, run_script
+from training.train import find_training_scans
+from training.trainer import Trainer, choose_precision, pick_batch, pick_groups, schedule_learning_rate
 
 
 def test_a_run_is_complete(run):
@@ -30,22 +35,92 @@ def test_a_run_is_complete(run):
     assert content["val_loss"] == min(row["val_loss"] for row in torch.load(run / "last.pt")["rows"])
 
 
-def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch, capsys):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
-    steps = training.Trainer.train_step
+    train_step = Trainer.train_step
 
-    def interrupt(trainer):
-        if trainer.step == 7:
-            raise KeyboardInterrupt
-        return steps(trainer)
+    def interrupt(trainer, clean):
+        if trainer.step == 6:
+            signal.raise_signal(signal.SIGINT)  # in the middle of a step, which is ended first
+        return train_step(trainer, clean)
 
-    monkeypatch.setattr(training.Trainer, "train_step", interrupt)
-    with pytest.raises(SystemExit, match="step 7 of 12"):
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
         training.main(command)
+    assert stop.value.code == 130
+    assert "stopped at step 7 of 12; the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "run/model.pt").exists()
-    monkeypatch.setattr(training.Trainer, "train_step", steps)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     assert training.main(command) == 0
+    assert "going on at step 7" in capsys.readouterr().out
     assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
+    for a, b in zip(*(csv.DictReader((r / "log.csv").open()) for r in (run, tmp_path / "run")), strict=True):
+        assert a | {"slices_per_s": 0} == b | {"slices_per_s": 0}
+
+
+def test_from_disk_equals_in_memory(processed, run, tmp_path):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
+    assert training.main([*command, "--no-in-memory"]) == 0
+    assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
+
+
+def test_slices_go_to_memory_only_where_they_fit(monkeypatch):
+    monkeypatch.setattr(training, "virtual_memory", lambda: SimpleNamespace(available=8 * 128**2 * 2))
+    assert training.fits_in_memory(4, 128, torch.device("cpu"))[0]
+    assert not training.fits_in_memory(5, 128, torch.device("cpu"))[0]
+
+
+def test_what_is_read_ahead_is_bounded(processed):
+    dataset = SliceDataset(list(list_scans(processed / "train")), in_memory=False)
+    asked = []
+    batches = dataset.in_order(([asked.append(i) or i] for i in range(40)), readers=3)
+    for i in range(20):
+        assert torch.equal(next(batches)[0], dataset[i])
+        assert len(asked) - i <= 4
+    batches.close()
+
+
+def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--precision", "auto"]
+    for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this training began")):
+        monkeypatch.setattr(training, "choose_precision", lambda device, measured=measured: (measured, "it is"))
+        assert training.main(command) == 0
+        assert capsys.readouterr().out.startswith(line)
+        (tmp_path / "run/model.pt").unlink()
+    assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == "bf16"
+    with pytest.raises(DataError, match="precision"):
+        training.main([*command, "--precision", "fp32"])
+
+
+@pytest.mark.parametrize(("rates", "precision"), [((300, 100), "bf16"), ((110, 100), "fp32"), ((50, 100), "fp32")])
+def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
+    by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
+    monkeypatch.setattr(trainer, "measure_convolution", lambda device, kind: by_type[kind])
+    assert choose_precision(torch.device("cpu"))[0] == precision
+
+
+@pytest.mark.parametrize("batch_size", [1, 15, 16, 17, 64, 1000])
+def test_every_place_in_a_batch_is_in_one_group(batch_size):
+    groups = pick_groups(batch_size)
+    assert np.concatenate(groups).tolist() == list(range(batch_size))
+    assert len(groups) <= 8
+    assert len({len(group) for group in groups[:-1]}) <= 1
+
+
+def test_two_processes_train_as_one(processed, tmp_path):
+    """Batch norm over both, each slice validated once, one model: all shows in the losses."""
+    # groups of 16, 16 and 3: the processes cut one in two
+    flags = ["--data", str(processed), *TINY, "--batch-size", "35", "--steps", "5"]
+    assert training.main([*flags, "--run", str(tmp_path / "one")]) == 0
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--"]
+    result = run_script(*torchrun, PROJECT / "training/train.py", *flags, "--run", tmp_path / "two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("model in") == 1
+    rows = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
+    assert load_model(tmp_path / "two/model.pt")[1]["step"] > 0
+    for one, two in zip(*rows, strict=True):
+        for column in ("train_loss", "val_loss"):
+            assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-3)
 
 
 def test_second_run_does_nothing_and_other_flags_are_refused(processed, run, capsys):
@@ -109,10 +184,55 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert (np.diff(rates[40:]) <= 0).all()
 
 
-def test_a_loss_that_is_no_number_stops_the_training(processed, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        training.Trainer, "train_step", lambda trainer: setattr(trainer, "step", trainer.step + 1) or math.nan
-    )
-    with pytest.raises(DataError, match="no longer a number at step"):
-        training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY])
+def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(processed, tmp_path, monkeypatch):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "60"]  # rows at 12, 24, …
+    train_step = Trainer.train_step
+
+    def spoil(self, clean, steps=(29,)):
+        if self.step in steps:
+            next(self.model.parameters()).data.fill_(math.nan)
+        return train_step(self, clean)
+
+    monkeypatch.setattr(Trainer, "train_step", spoil)
+    with pytest.raises(DataError, match=r"not a number at step 30; last\.pt holds step 24"):
+        training.main(command)
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["step"] == 24
+    assert all(values.isfinite().all() for values in state["model"].values())
     assert not (tmp_path / "run/model.pt").exists()
+    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: spoil(self, clean, steps=(0,)))
+    with pytest.raises(DataError, match="not a number at step 1; nothing was saved yet"):
+        training.main([*command, "--run", str(tmp_path / "other")])
+
+
+def test_a_long_epoch_is_saved_on_the_way(processed, tmp_path, monkeypatch):
+    train_step = Trainer.train_step
+
+    def die(self, clean):
+        if self.step == 22:
+            raise RuntimeError("as if killed")
+        return train_step(self, clean)
+
+    monkeypatch.setattr(Trainer, "train_step", die)
+    monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "125"]  # rows at 25, 50, …
+    with pytest.raises(RuntimeError, match="as if killed"):
+        training.main(command)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 20
+
+
+def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypatch):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
+    train_step = Trainer.train_step
+
+    def spoil(self, clean):
+        loss = train_step(self, clean)
+        if self.step == 2:
+            next(self.model.parameters()).data.fill_(math.inf)
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", spoil)
+    with pytest.raises(DataError, match="weights are not numbers after step 2"):
+        training.main(command)
+    assert not (tmp_path / "run/last.pt").exists()

@@ -5,8 +5,9 @@ model is shown it both as input and as target, so that it learns to leave such d
 the input only: coarse noise (Kascenas et al., MIDL 2022), painted blobs of graded strength, foreign tissue and local
 warps (after Naval Marimont et al., "DISYRE", 2024). All of it is general on purpose: no lesion is imitated.
 
-Slices are (B, 1, H, W) float32 in [0, 1] with the background at 0; every function draws from the generator it is given,
-on the generator's device, so a seed gives the same batch again.
+Slices are (B, C, H, W) float32 in [0, 1] with the background at 0; the C channels are neighbouring slices of one scan,
+and what happens to one happens to all, as it would in a brain. Every function draws from the generator it is given, on
+the generator's device, so a seed gives the same batch again.
 """
 
 from __future__ import annotations
@@ -15,61 +16,64 @@ import torch
 import torch.nn.functional as F
 
 FLOOR = 1e-3  # brain pixels stay above 0
+BETWEEN_PIXELS = 2.56  # between neighbouring channels: 4 mm at 1.56 mm a pixel
 
 
 def vary_appearance(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Healthy slices as other scanners and subjects would give them, in [0, 1], background 0."""
     b = len(slices)
     x = _move(slices, generator)
-    brain = (x > 0).float()
-    peak = _peak(x)
-    # contrast: a monotone curve through 0 and 1; bias field; then the peak back to where it was, about
-    x = x.clamp(min=FLOOR) ** torch.exp(_normal((b, 1, 1, 1), generator) * 0.25)
-    x = x * torch.exp(_smooth_noise(x.shape, (3,), generator) * _uniform((b, 1, 1, 1), 0, 0.12, generator))
-    x = x * (peak / _peak(x * brain)) * (1 + _normal((b, 1, 1, 1), generator) * 0.03)
-    # resolution: about half of the slices are blurred; noise: on half of the slices
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = torch.lerp(x, blurred, _uniform((b, 1, 1, 1), -0.8, 0.8, generator).clamp(min=0))
-    x = x + _normal(x.shape, generator) * _uniform((b, 1, 1, 1), -0.03, 0.03, generator).clamp(min=0)
-    return x.clamp(FLOOR, 1) * _vary_rim(brain, generator)
+    brain = x > 0
+    # contrast: a monotone curve through 0 and 1; bias field; gain, for a field that varies from slice to slice
+    x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal((b, 1, 1, 1), generator) * 0.25))
+    field = _smooth_noise(x.shape, (2, 4), generator) * _uniform((b, 1, 1, 1), 0, 0.2, generator)
+    x = x * torch.exp(field + _normal((b, 1, 1, 1), generator) * 0.08)
+    # resolution: half of the slices are blurred; noise: on half of the slices; rim: on some
+    x = _do_to_some(x, 0.5, _blur, generator)
+    x = _do_to_some(x, 0.5, _add_noise, generator)
+    x = torch.where(brain, x.clamp(FLOOR, 1), 0)
+    # brain masks differ between tools: some slices lose 1 or 2 pixels of their rim
+    x = _do_to_some(x, 0.4, _erode, generator)
+    return _do_to_some(x, 0.15, _erode, generator)
 
 
 def corrupt(slices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The slices with something wrong in them: what the model must undo. Same shape, in [0, 1], background 0."""
-    x = slices
-    for spoil, share in CORRUPTIONS:
-        chosen = torch.randperm(len(x), generator=generator, device=x.device)[: round(share * len(x))]
-        x = x.index_copy(0, chosen, spoil(x[chosen], generator))
+    blurred = _blur_widely(slices)
+    x = _do_to_some(slices, 0.4, warp_locally, generator)
+    for share in (0.75, 0.75, 0.5):
+        chosen = _choose(len(x), share, generator)
+        x = x.index_copy(0, chosen, paint_blob(x[chosen], blurred[chosen], generator))
+    x = _do_to_some(x, 0.5, add_coarse_noise, generator)
     return torch.where(slices > 0, x.clamp(FLOOR, 1), 0)
 
 
 def add_coarse_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Gaussian noise on a coarse grid, drawn out to the slice; here of mixed grain and strength."""
-    return x + _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform((len(x), 1, 1, 1), 0.02, 0.2, generator)
+    return x + _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform_each(x, 0.02, 0.2, generator)
 
 
-def paint_blob(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def paint_blob(x: torch.Tensor, blurred: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blend something else into a blob: a flat or mottled grey, a change of brightness, a blur, or foreign tissue."""
-    b = len(x)
     blob = _draw_blob(x, generator)
-    blurred = F.avg_pool2d(x, 7, 1, 3) / F.avg_pool2d((x > 0).float(), 7, 1, 3).clamp(min=0.1)
-    level = _uniform((b, 1, 1, 1), 0, 1.1, generator)
-    mottle = _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform((b, 1, 1, 1), 0, 0.15, generator)
-    grey = level + mottle + (x - blurred) * _uniform((b, 1, 1, 1), 0, 1, generator)
-    brighter = x + _normal((b, 1, 1, 1), generator) * 0.25 + mottle
+    level = _uniform_each(x, 0, 1.1, generator)
+    mottle = _smooth_noise(x.shape, (6, 12, 24), generator) * _uniform_each(x, 0, 0.15, generator)
+    kind = _uniform_each(x, 0, 1, generator)
+    texture = (x - blurred) * _uniform_each(x, 0, 1, generator)
+    brighter = x + _normal((len(x), 1, 1, 1), generator) * 0.25 + mottle
     foreign = x.roll(1, 0).flip(-2)
     foreign = torch.where(foreign > 0, foreign, level)
-    kind = _uniform((b, 1, 1, 1), 0, 1, generator)
+    grey = level + mottle + texture
     other = torch.where(kind < 0.5, grey, torch.where(kind < 0.75, brighter, torch.where(kind < 0.9, foreign, blurred)))
-    return torch.lerp(x, other, blob * _uniform((b, 1, 1, 1), 0.2, 1, generator))
+    return torch.lerp(x, other, blob * _uniform_each(x, 0.2, 1, generator))
 
 
 def warp_locally(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Push tissue away from a place or pull it in, by up to about 10 pixels."""
     b, _, h, w = x.shape
     rows, columns = _offsets_from_a_place(x, x.shape, generator)
-    radius = 5 * 4 ** _uniform((b, 1, 1, 1), 0, 1, generator)
-    pull = _uniform((b, 1, 1, 1), -0.6, 0.9, generator) * torch.exp(-(rows**2 + columns**2) / (2 * radius**2))
+    radius = 5 * 4 ** _uniform_each(x, 0, 1, generator)
+    pull = _uniform_each(x, -0.6, 0.9, generator) * torch.exp(-(rows**2 + columns**2) / (2 * radius**2))
     ys = torch.linspace(-1, 1, h, device=x.device).view(1, h, 1) - (pull * rows).squeeze(1) * (2 / (h - 1))
     xs = torch.linspace(-1, 1, w, device=x.device).view(1, 1, w) - (pull * columns).squeeze(1) * (2 / (w - 1))
     grid = torch.stack([xs.expand(b, h, w), ys.expand(b, h, w)], -1)
@@ -77,26 +81,43 @@ def warp_locally(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(warped > FLOOR, warped, x)
 
 
-# each is done to its share of the slices, one after the other; a few slices stay as they are
-CORRUPTIONS = (
-    (warp_locally, 0.4),
-    (paint_blob, 0.75),
-    (paint_blob, 0.75),
-    (paint_blob, 0.5),
-    (add_coarse_noise, 0.5),
-)
-
-
 def _uniform(shape, low, high, generator):
     return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
+
+
+def _uniform_each(x, low, high, generator):
+    """A number for each slice, (B, 1, 1, 1)."""
+    return _uniform((len(x), 1, 1, 1), low, high, generator)
 
 
 def _normal(shape, generator):
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def _peak(x):
-    return F.avg_pool2d(x, 4).amax((-2, -1), keepdim=True).clamp(min=0.05)
+def _add_noise(x, generator):
+    return x + _normal(x.shape, generator) * _uniform_each(x, 0, 0.03, generator)
+
+
+def _choose(count, share, generator):
+    return torch.randperm(count, generator=generator, device=generator.device)[: round(share * count)]
+
+
+def _do_to_some(x, share, change, generator):
+    """x with that share of its slices changed."""
+    chosen = _choose(len(x), share, generator)
+    return x.index_copy(0, chosen, change(x[chosen], generator)) if len(chosen) else x
+
+
+def _blur(x, generator):
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return torch.lerp(x, blurred, _uniform_each(x, 0, 0.9, generator))
+
+
+def _blur_widely(x):
+    """The mean over the brain within about 4 pixels; taken at half the resolution, where it costs a fourth."""
+    both = F.avg_pool2d(torch.cat([x, (x > 0).float()], 1), 2)
+    values, brain = F.avg_pool2d(both, 5, 1, 2).chunk(2, 1)
+    return F.interpolate(values / brain.clamp(min=0.1), scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def _smooth_noise(shape, grains, generator):
@@ -112,7 +133,7 @@ def _smooth_noise(shape, grains, generator):
 
 def _move(x, generator):
     """Mirror left and right, turn, scale, shift: half of the slices are mirrored, all are moved a little."""
-    b = len(x)
+    b, c = x.shape[:2]
     angle = _normal((b,), generator) * 0.07
     scale = torch.exp(_normal((2, b), generator) * 0.05)
     mirror = torch.sign(_uniform((b,), -1, 1, generator))
@@ -126,22 +147,21 @@ def _move(x, generator):
     )
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     moved = F.grid_sample(torch.cat([x, (x > 0).float()], 1), grid, align_corners=False)
-    values, brain = moved[:, :1], moved[:, 1:]
+    values, brain = moved[:, :c], moved[:, c:]
     return (values / brain.clamp(min=0.5)).clamp(min=FLOOR) * (brain > 0.5)  # the rim does not fade
 
 
-def _vary_rim(brain, generator):
-    """Brain masks differ between tools: some slices lose 1 or 2 pixels of their rim."""
-    eroded = -F.max_pool2d(-brain, 3, 1, 1)
-    twice = -F.max_pool2d(-eroded, 3, 1, 1)
-    draw = _uniform((len(brain), 1, 1, 1), 0, 1, generator)
-    return torch.where(draw < 0.6, brain, torch.where(draw < 0.85, eroded, twice))
+def _erode(x, _):
+    """The slices without the outermost pixels of their brain."""
+    background = (x <= 0).float()
+    wide = F.max_pool2d(F.max_pool2d(background, (1, 3), 1, (0, 1)), (3, 1), 1, (1, 0))
+    return torch.where(wide > 0, 0, x)
 
 
 def _offsets_from_a_place(x, shape, generator):
-    """Rows and columns, in pixels of x, from a random brain pixel of each slice, on a grid of this shape."""
+    """Rows and columns, in pixels of x, from a random brain pixel of each middle slice, on a grid of this shape."""
     b, (height, width), (h, w) = len(x), x.shape[-2:], shape[-2:]
-    coarse = x[..., ::4, ::4]  # one pixel in 16 is choice enough, and drawing among all is slow
+    coarse = x[:, x.shape[1] // 2, ::4, ::4]  # one pixel in 16 is choice enough, and drawing among all is slow
     place = torch.multinomial((coarse.flatten(1) > 0) + 1e-6, 1, generator=generator).view(b, 1, 1, 1)
     rows = torch.linspace(0, height - 1, h, device=x.device).view(1, 1, h, 1) - 4 * (place // coarse.shape[-1])
     columns = torch.linspace(0, width - 1, w, device=x.device).view(1, 1, 1, w) - 4 * (place % coarse.shape[-1])
@@ -149,14 +169,20 @@ def _offsets_from_a_place(x, shape, generator):
 
 
 def _draw_blob(x, generator):
-    """Soft irregular blobs, each at a random place of the brain: (B, 1, H, W) in [0, 1]; made at half resolution."""
-    b, _, h, w = x.shape
+    """Soft irregular blobs, each at a random place of the brain: (B, C, H, W) in [0, 1]; made at half resolution.
+
+    A blob goes on through the neighbouring slices as an ellipsoid does whose middle lies a little above or below.
+    """
+    b, c, h, w = x.shape
     half = (b, 1, h // 2, w // 2)
     rows, columns = _offsets_from_a_place(x, half, generator)
-    radius = 1.5 * 16 ** _uniform((b, 1, 1, 1), 0, 1, generator)  # 1.5 to 24 pixels
-    stretch = torch.exp(_normal((b, 1, 1, 1), generator) * 0.3)
-    distance = torch.sqrt((rows * stretch) ** 2 + (columns / stretch) ** 2) / radius
-    ragged = _smooth_noise(half, (6, 12, 24), generator) * _uniform((b, 1, 1, 1), 0, 0.6, generator)
-    edge = _uniform((b, 1, 1, 1), 0.5, 1.5, generator) / radius
+    radius = 1.5 * 16 ** _uniform_each(x, 0, 1, generator)  # 1.5 to 24 pixels
+    stretch, stretch_across = torch.exp(_normal((2, b, 1, 1, 1), generator) * 0.3)
+    middle = _uniform_each(x, -0.7, 0.7, generator) * radius
+    across = (torch.arange(c, device=x.device) - c // 2).view(1, c, 1, 1) * BETWEEN_PIXELS
+    further = ((across - middle) * stretch_across) ** 2 - (middle * stretch_across) ** 2  # than the middle slice
+    distance = torch.sqrt(((rows * stretch) ** 2 + (columns / stretch) ** 2 + further).clamp(min=0)) / radius
+    ragged = _smooth_noise(half, (6, 12, 24), generator) * _uniform_each(x, 0, 0.6, generator)
+    edge = _uniform_each(x, 0.5, 1.5, generator) / radius
     blob = torch.sigmoid((1 - distance + ragged) / edge) * (distance < 3)
     return F.interpolate(blob, size=(h, w), mode="bilinear", align_corners=True)

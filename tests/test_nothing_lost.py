@@ -1,0 +1,238 @@
+"""Killed at any moment, on a full disk, given hostile files or started twice: nothing is lost, a line says why."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training.train as training
+from evaluation.evaluate import main as evaluate
+from models.checkpoint import CheckpointError
+from preprocessing.preprocess_oasis import main as preprocess
+from preprocessing.scans import DataError
+from preprocessing.slices import SliceDataset, hold_folder, list_scans, read_scan
+from tests.conftest import SIZE, TINY
+
+SCRIPTS = {"preprocess": preprocess, "train": training.main, "evaluate": evaluate}
+MAY_DIFFER = {".lock", "last.pt"}  # last.pt holds the speed of each epoch; model.pt may not differ
+
+
+def call(script, folder, arguments):
+    """What a child process does: one script, as if started in this folder."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os._exit(SCRIPTS[script](arguments) or 0)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(script, folder, arguments) -> a process with all modules loaded, so that what is killed is work."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def begin(*arguments):
+        process = context.Process(target=call, args=arguments)
+        process.start()
+        return process
+
+    return begin
+
+
+def read_tree(folder):
+    """{path: content} of what must be the same; without the speeds in the log and the project's own commit."""
+    tree = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name in MAY_DIFFER or "tensorboard" in path.parts:
+            continue
+        content = path.read_bytes()
+        if path.name == "log.csv":
+            content = [row | {"slices_per_s": ""} for row in csv.DictReader(io.StringIO(content.decode()))]
+        elif path.name == "config.json":
+            content = json.loads(content) | {"commit": ""}
+        tree[str(path.relative_to(folder))] = content
+    return tree
+
+
+def pipeline(raw, workers):
+    """(script, the folder it writes, its arguments), one after the other."""
+    size = ["--size", str(SIZE), "--workers", str(workers)]
+    return [
+        ("preprocess", "processed", ["--raw", str(raw), "--processed", "processed", *size]),
+        ("train", "run", ["--data", "processed", "--run", "run", *TINY, "--steps", "30", "--width", "16"]),
+        (
+            "evaluate",
+            "evaluation",
+            ["--data", "processed/test", "--run", "run", "--out", "evaluation", "--maps", "--panels", "1"],
+        ),
+    ]
+
+
+def run_with_kills(start, raw, tmp_path, kills, workers):
+    """Run each script once undisturbed, then killed `kills` times at random moments; compare what they leave."""
+    rng = np.random.default_rng(kills)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed.mkdir()
+    killed.mkdir()
+    for script, output, arguments in pipeline(raw, workers):
+        began = time.monotonic()
+        process = start(script, undisturbed, arguments)
+        process.join()
+        duration = time.monotonic() - began
+        assert process.exitcode == 0
+        wanted, left = read_tree(undisturbed / output), kills
+        while True:
+            process = start(script, killed, arguments)
+            process.join(rng.uniform(0, duration) if left else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                left -= process.exitcode == -signal.SIGKILL
+                continue
+            assert process.exitcode == 0
+            found = read_tree(killed / output)
+            assert sorted(found) == sorted(wanted)
+            assert [path for path in wanted if found[path] != wanted[path]] == []
+            if not left:
+                break
+            shutil.rmtree(killed / output)  # it was done before its time: once more from the start
+
+
+def test_killed_and_started_again_ends_with_the_same_bytes(start, raw, tmp_path):
+    run_with_kills(start, raw, tmp_path, kills=1, workers=1)
+
+
+@pytest.mark.slow
+def test_killed_at_sixty_random_points(start, raw, tmp_path):
+    run_with_kills(start, raw, tmp_path, kills=20, workers=2)
+
+
+def test_the_second_in_a_folder_is_refused(raw, processed, run):
+    with hold_folder(run), pytest.raises(DataError, match="another process works in this folder"):
+        training.main(["--data", str(processed), "--run", str(run), *TINY])
+    command = ["--raw", str(raw), "--processed", str(processed), "--size", str(SIZE), "--workers", "1"]
+    with hold_folder(processed), pytest.raises(DataError, match="another process works in this folder"):
+        preprocess(command)
+    assert preprocess([*command, "--dry-run"]) == 0
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(processed, run, tmp_path):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, 50_000, 300_000):  # config.json, last.pt, model.pt: whichever comes to it first
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(DataError, match=r"cannot be written .* free some space") as error:
+                training.main(command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value)
+    assert training.main(command) == 0
+    assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(raw, processed, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        training.main(["--data", str(processed), "--run", str(tmp_path / "file/run"), *TINY])
+    with pytest.raises(DataError, match="cannot be written"):
+        preprocess(["--raw", str(raw), "--processed", str(tmp_path / "file/processed"), "--workers", "1"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil-was-here", "w"))
+
+
+def test_a_slice_that_would_run_code_is_refused(processed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(processed / "train", tmp_path / "data/train")
+    scan = next(list_scans(tmp_path / "data"))
+    path = scan.folder / f"slice_{scan.indices[0]:03d}.npy"
+    pickled, archive = io.BytesIO(), io.BytesIO()
+    np.save(pickled, np.array([[Evil()]]), allow_pickle=True)
+    np.savez(archive, values=np.zeros((SIZE, SIZE), np.float16))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (10**9, 10**9)})
+    objects = pickle.dumps(Evil())
+    for content in (pickled.getvalue(), archive.getvalue(), header.getvalue(), objects, b""):
+        path.write_bytes(content)
+        for in_memory in (True, False):
+            with pytest.raises(DataError, match=path.name):
+                SliceDataset([scan], in_memory)[[0]]
+    assert not Path("evil-was-here").exists()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(processed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, start in (
+        ("last.pt", lambda: training.main(["--data", str(processed), "--run", str(run), *TINY])),
+        ("model.pt", lambda: evaluate(["--run", str(run), "--data", str(processed / "test")])),
+    ):
+        torch.save({"config": Evil()}, run / name)
+        with pytest.raises(CheckpointError, match=name):
+            start()
+    assert not Path("evil-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slices": ["../../../outside"]},
+        {"slices": [-1]},
+        {"slices": []},
+        {"slices": {"0": 1}},
+        {"size": "32"},
+        {"subject": ["a"]},
+        {"keep": {}},
+        None,
+    ],
+)
+def test_a_record_cannot_lead_out_of_its_folder(processed, tmp_path, change):
+    folder = tmp_path / "train/normal/a_T1w"
+    shutil.copytree(next(list_scans(processed)).folder, folder)
+    record = json.loads((folder / "scan.json").read_text())
+    (folder / "scan.json").write_text(json.dumps(record | change if change else [record]))
+    with pytest.raises(DataError, match=r"scan\.json"):
+        read_scan(folder)
+
+
+def test_a_split_cannot_lead_out_of_the_store(raw, tmp_path):
+    command = ["--raw", str(raw / "train/normal"), "--processed", str(tmp_path / "in/processed"), "--label", "normal"]
+    command += ["--size", str(SIZE), "--workers", "1"]
+    assert preprocess(command) == 0
+    path = tmp_path / "in/processed/dataset.json"
+    record = json.loads(path.read_text())
+    record["splits"] = dict.fromkeys(record["splits"], "../outside")
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        preprocess(command)
+    assert not (tmp_path / "in/outside").exists()
+
+
+def test_the_index_of_many_scans_is_small(processed, tmp_path):
+    record = (next(list_scans(processed)).folder / "scan.json").read_text()
+    for number in range(300):
+        folder = tmp_path / f"train/normal/sub-{number:06d}_T1w"
+        folder.mkdir(parents=True)
+        (folder / "scan.json").write_text(record)
+    next(list_scans(tmp_path))
+    tracemalloc.start()
+    scans = list(list_scans(tmp_path))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(scans) == 300
+    assert used / 300 < 1000, "bytes a scan"
