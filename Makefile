@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(PY) evaluation/evaluate.py --run runs/demo-cae --data $(DEMO)/processed/test
 	$(PY) evaluation/evaluate.py --run runs/demo-dae --data $(DEMO)/processed/test --maps
 	$(PY) evaluation/compare.py runs/demo-cae/evaluation runs/demo-dae/evaluation
-	@echo "Simulated scans. Error maps: runs/demo-dae/evaluation/error_maps and runs/demo-cae/evaluation/error_maps"
+	@echo "Simulated scans. Reports: runs/demo-dae/evaluation/report.html and runs/demo-cae/evaluation/report.html"
 
 test: .venv/ready
 	$(PY) -m ruff check .

@@ -1,8 +1,8 @@
 """Detection figures, each with an interval over subjects. Thin over scikit-learn; voxels are counted in histograms.
 
-Intervals are 95 % percentile bootstrap intervals over subjects: a resample weighs every subject by how often it was
-drawn, so the slices and voxels of one subject stay together. Resamples work on counts (..., 2, thresholds): how much
-outside (0) and within (1) lesions has which score, thresholds falling.
+A figure is {"value", "low", "high"}. Intervals are 95 % percentile bootstrap intervals over subjects: a resample weighs
+every subject by how often it was drawn, so the slices, lesions and voxels of one subject stay together. Resamples work
+on counts (..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds falling.
 """
 
 from __future__ import annotations
@@ -10,23 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy import ndimage
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 BIN_BITS = 15  # a bin holds the scores that share all but the last 15 bits: at most 0.4 % wide
 RESAMPLES = 2000
+FOUND_SHARE = 0.1  # of a lesion flagged makes it found; less is had by chance in a large one
+SMALLEST_LESION_ML = 0.05
+FIGURES_OF_LESIONS = {"recall": "found", "dice": "dice"}
+VOLUME_EDGES_ML = (0.3, 1.0, 3.0, 10.0)
+VOLUME_BINS = ["under 0.3 ml", "0.3–1 ml", "1–3 ml", "3–10 ml", "10 ml and more"]
 
 
 def auroc(labels, scores, subjects) -> dict:
     """Area under the ROC curve of (n,) labels (True = abnormal) and scores: {"value", "low", "high"}."""
-    return {"value": float(roc_auc_score(labels, scores))} | _interval(
-        counted_auroc, tabulate(labels, scores, subjects)
-    )
+    interval = _intervals({"": counted_auroc}, tabulate(labels, scores, subjects))[""]
+    return {"value": float(roc_auc_score(labels, scores))} | interval
 
 
 def average_precision(labels, scores, subjects) -> dict:
     """Area under the precision-recall curve, as a step function: {"value", "low", "high"}."""
-    table = tabulate(labels, scores, subjects)
-    return {"value": float(average_precision_score(labels, scores))} | _interval(counted_average_precision, table)
+    interval = _intervals({"": counted_average_precision}, tabulate(labels, scores, subjects))[""]
+    return {"value": float(average_precision_score(labels, scores))} | interval
+
+
+def mean(values, subjects) -> dict:
+    """Mean of (n,) values, such as the share of lesions found: {"value", "low", "high"}."""
+    names, whose = np.unique(np.asarray(subjects), return_inverse=True)
+    values = np.asarray(values, dtype=float)
+    table = np.stack([np.bincount(whose, values, len(names)), np.bincount(whose, minlength=len(names))], axis=1)
+    interval = _intervals({"": lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1e-9)}, table)[""]
+    return {"value": float(values.mean())} | interval
+
+
+def rate(flags: list[bool]) -> dict:
+    """How often something is True, with the exact (Clopper-Pearson) 95 % interval of independent scans."""
+    interval = binomtest(sum(flags), len(flags)).proportion_ci(method="exact")
+    return {"flagged": sum(flags), "scans": len(flags), "low": interval.low, "high": interval.high}
 
 
 def tabulate(labels, scores, subjects) -> np.ndarray:
@@ -61,6 +82,9 @@ class VoxelCounts:
         for key, count in zip(found.tolist(), counts, strict=True):
             mine[key] = mine.get(key, 0) + count
 
+    def hold_lesions(self) -> bool:
+        return any(count[1] for mine in self.counts.values() for count in mine.values())
+
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         """(thresholds (bins,) falling, counts (subjects, 2, bins))."""
         bins = sorted({key for mine in self.counts.values() for key in mine}, reverse=True)
@@ -77,24 +101,20 @@ class VoxelCounts:
         """
         thresholds, table = self.table()
         pooled = table.sum(axis=0)
-        figures = {
-            "voxel_ap": {"value": float(counted_average_precision(pooled))}
-            | _interval(counted_average_precision, table),
-            "best_dice": {"value": float(best_dice(pooled))} | _interval(best_dice, table),
+        counted = {"voxel_ap": counted_average_precision, "best_dice": best_dice}
+        if threshold is not None:
+            last = max(0, int((thresholds >= threshold).sum()) - 1)
+            counted["dice"] = lambda counts: counted_dice(counts)[..., last]
+        intervals = _intervals(counted, table)
+        return {name: {"value": float(figure(pooled))} | intervals[name] for name, figure in counted.items()} | {
             "best_dice_threshold": float(thresholds[counted_dice(pooled).argmax()]),
             "prevalence": float(pooled[1].sum() / pooled.sum()),
         }
-        if threshold is not None:
-            last = max(0, int((thresholds >= threshold).sum()) - 1)
-            figures["dice"] = {"value": float(counted_dice(pooled)[last])}
-            figures["dice"] |= _interval(lambda counts: counted_dice(counts)[..., last], table)
-        return figures
 
-    def quantile(self, share: float) -> float:
-        """The score that this share of all voxels does not exceed."""
+    def dice_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """(thresholds (bins,) falling, Dice (bins,) over all subjects at each)."""
         thresholds, table = self.table()
-        above = np.cumsum(table.sum(axis=(0, 1)))
-        return float(thresholds[np.searchsorted(above, (1 - share) * above[-1])])
+        return thresholds, counted_dice(table.sum(axis=0))
 
 
 def counted_auroc(counts: np.ndarray) -> np.ndarray:
@@ -124,12 +144,77 @@ def best_dice(counts: np.ndarray) -> np.ndarray:
     return counted_dice(counts).max(axis=-1)
 
 
-def _interval(counted: Callable, table: np.ndarray) -> dict:
-    """{"low", "high"} of a figure over resampled subjects; resamples without one of the labels are left out."""
+def list_lesions(
+    lesion: np.ndarray, anomaly: np.ndarray, threshold: float, spacing_mm: tuple[float, float]
+) -> list[dict]:
+    """The lesions of a mask (n, H, W) bool, and how far the anomaly map (n, H, W) at a threshold finds each.
+
+    Parts less than two pixels apart are one lesion, and what is under SMALLEST_LESION_ML is none. Each with its volume
+    (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least
+    FOUND_SHARE; `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
+    """
+    touching = np.ones((3, 3, 3))
+    lesion = lesion & np.isfinite(anomaly)
+    labels, count = ndimage.label(ndimage.binary_dilation(lesion, touching), touching)
+    flagged = np.nan_to_num(anomaly, nan=-1) >= threshold
+    regions, _ = ndimage.label(flagged)
+    sizes = np.bincount(regions.ravel())
+    pixel_ml = spacing_mm[0] * spacing_mm[1] ** 2 / 1000
+    lesions = []
+    for index in range(1, count + 1):
+        within = lesion & (labels == index)
+        size, hit = int(within.sum()), int((within & flagged).sum())
+        if size * pixel_ml < SMALLEST_LESION_ML:
+            continue
+        touched = np.setdiff1d(regions[within], [0])
+        lesions.append(
+            {
+                "lesion": len(lesions) + 1,
+                "volume_ml": size * pixel_ml,
+                "covered": hit / size,
+                "found": hit >= FOUND_SHARE * size,
+                "dice": 2 * hit / (size + int(sizes[touched].sum())),
+                "peak": float(anomaly[within].max()),
+            }
+        )
+    return lesions
+
+
+def measure_detectability(lesions: list[dict], by: Callable[[dict], str | None], groups: list[str]) -> list[dict]:
+    """Recall and mean Dice of the lesions of each group that has any, with intervals over subjects."""
+    measured = []
+    for group in groups:
+        rows = [row for row in lesions if by(row) == group]
+        if rows:
+            subjects = [row["subject"] for row in rows]
+            behind = {"subjects": len(set(subjects)), "lesions": len(rows)}
+            behind["scans"] = len({(row["label"], row["scan"]) for row in rows})
+            figures = {name: mean([row[key] for row in rows], subjects) for name, key in FIGURES_OF_LESIONS.items()}
+            measured.append({"group": group} | figures | behind)
+    return measured
+
+
+def name_volume(row: dict) -> str:
+    """The bin of VOLUME_EDGES_ML that a lesion's volume falls into."""
+    return VOLUME_BINS[int(np.searchsorted(VOLUME_EDGES_ML, row["volume_ml"], side="right"))]
+
+
+def _intervals(counted: dict[str, Callable], table: np.ndarray) -> dict[str, dict]:
+    """{name: {"low", "high"}} of figures over resampled subjects; resamples where one is no number are left out of it.
+
+    The same resamples serve all figures of a table (subjects, ...), so they are summed up once.
+    """
     weights = draw_weights(len(table))
     flat = table.reshape(len(table), -1)
-    values = [counted((part @ flat).reshape(-1, *table.shape[1:])) for part in np.array_split(weights, 40)]
-    values = np.concatenate(values)
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-    return {"low": float(low), "high": float(high)}
+    values = {name: [] for name in counted}
+    for part in np.array_split(weights, 40):
+        summed = (part @ flat).reshape(-1, *table.shape[1:])
+        for name, figure in counted.items():
+            values[name].append(figure(summed))
+    intervals = {}
+    for name, parts in values.items():
+        finite = np.concatenate(parts)
+        finite = finite[np.isfinite(finite)]
+        low, high = np.percentile(finite, (2.5, 97.5)) if len(finite) else (np.nan, np.nan)
+        intervals[name] = {"low": float(low), "high": float(high)}
+    return intervals

@@ -34,6 +34,7 @@ from preprocessing.cohort import label_scans, refuse_mixture, split_subjects
 from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.layouts import LAYOUTS
 from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
+from preprocessing.settings import list_flags, parse_flags, read_axes
 from preprocessing.slices import clear_leftovers, hold_folder, list_scans
 from preprocessing.worker import FORMAT, preprocess_scan
 
@@ -126,7 +127,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
             delayed(preprocess_scan)(scan, args.processed, args.keep, args.size, args.fov_mm, args.volume)
             for scan in found.scans
         )
-        progress = tqdm(results, total=len(found.scans), desc="preprocessing", unit="scan", disable=None)
+        progress = tqdm(results, total=len(found.scans), desc="preprocessing", unit="scan", disable=args.quiet or None)
         for scan, (state, why) in zip(found.scans, progress, strict=True):
             counts[state] += 1
             if why:
@@ -183,11 +184,10 @@ def _work_on(scheduler: str | None):
 
 def _begin_record(args: argparse.Namespace, found: Search) -> dict:
     """What is known of the set before its scans are done."""
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     return {
         "layout": found.layout,
         "format": FORMAT,
-        "flags": {key: value for key, value in flags.items() if key not in ("workers", "dask", "dry_run")},
+        "flags": list_flags(args),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (numpy, scipy, nibabel)},
         "splits": _read_splits(args) | {scan.subject: scan.split for scan in found.scans},
@@ -233,14 +233,6 @@ def _write_record(processed: Path, record: dict) -> None:
         raise DataError(f"{path}: cannot be written ({error}); give another --processed") from error
 
 
-def _read_axes(text: str) -> str:
-    """Three letters, one of L and R, one of P and A, one of I and S; ValueError for anything else."""
-    axes = text.upper()
-    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
-        raise argparse.ArgumentTypeError(f"{text}: say where the three axes point to, such as ASL or RAS")
-    return axes
-
-
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
@@ -255,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         "--split", type=float, nargs=3, metavar=tuple(SPLITS), default=[0.8, 0.1, 0.1], help="shares of normal subjects"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument("--axes", type=_read_axes, help="where stored axes point to if no header tells, such as ASL")
+    parser.add_argument("--axes", type=read_axes, help="where stored axes point to if no header tells, such as ASL")
     parser.add_argument("--volume", type=int, help="which volume of files with several, from 0")
     parser.add_argument("--keep", type=float, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
     parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
@@ -263,7 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scans in work at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, file by file")
-    args = parser.parse_args(argv)
+    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
+    parser.add_argument("--json", action="store_true", help="print dataset.json on standard output and nothing else")
+    args = parse_flags(parser, argv)
     if not 0 < args.keep <= 1:
         parser.error("--keep is a share of the slices: above 0, at most 1")
     if args.size < 16 or args.size % 16:
@@ -274,12 +268,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--split is three shares that sum to 1")
     if args.workers < 1:
         parser.error("--workers is at least 1")
+    if args.json and args.dry_run:
+        parser.error("--json is about what was done, --dry-run does nothing; leave one out")
     if args.volume is not None and args.volume < 0:
         parser.error("--volume counts from 0")
     try:
-        return preprocess(args)
+        with contextlib.redirect_stdout(None if args.quiet or args.json else sys.stdout):
+            code = preprocess(args)
     except TerminatedWorkerError as error:
         raise DataError("a worker was killed, probably for want of memory; start again with fewer --workers") from error
+    if args.json:
+        print((args.processed / "dataset.json").read_text(encoding="utf-8"))
+    return code
 
 
 if __name__ == "__main__":

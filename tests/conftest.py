@@ -43,6 +43,21 @@ def run(processed) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def evaluation(run, processed) -> tuple[Path, list[str]]:
+    """(the folder of an evaluation of that model on the test scans, the command that made it)."""
+    from evaluation.evaluate import main as evaluate
+
+    out = processed.with_name("evaluation")
+    kinds = processed.with_name("lesions.csv")
+    names = [path.name for path in sorted((processed / "test/abnormal").iterdir())]
+    kinds.write_text("\n".join(["scan,kind", *(f"{name},kind {i}" for i, name in enumerate(names))]))
+    command = ["--run", str(run), "--data", str(processed / "test"), "--out", str(out), "--maps", "--bids"]
+    command += ["--panels", "2", "--smallest-ml", "0", "--lesions", str(kinds)]
+    assert evaluate(command) == 0
+    return out, command
+
+
 TINY = ["--steps", "12", "--batch-size", "5", "--width", "8", "--depth", "3", "--device", "cpu", "--precision", "fp32"]
 
 

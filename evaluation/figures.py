@@ -1,0 +1,162 @@
+"""The figures of an evaluation as PNG: curves, histograms, detectability, calibration, age and sex."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import binom
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from models.artifacts import write_figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LABEL_COLOURS = {"normal": "#0072B2", "abnormal": "#D55E00"}
+SEX_MARKERS = {"F": "o", "M": "s", None: "D"}
+
+
+def draw_curves(
+    path: Path, labels: np.ndarray, scores: dict[str, np.ndarray], figures: dict[str, tuple[dict, dict]], what: str
+) -> None:
+    """ROC and precision-recall curves of several scores, (n,) each, over the same labels (n,) bool.
+
+    figures: (AUROC, average precision) of each, with its interval, for the legend.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 6.8))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.3, top=0.92, wspace=0.2)
+    for (name, values), colour, dash in zip(scores.items(), COLOURS, DASHES, strict=False):
+        false_positive, true_positive, _ = roc_curve(labels, values)
+        precision, recall, _ = precision_recall_curve(labels, values)
+        style = {"color": colour, "linestyle": dash}
+        area, average = (f"{f['value']:.2f} ({f['low']:.2f}–{f['high']:.2f})" for f in figures[name])
+        left.plot(false_positive, true_positive, label=f"{name}, {area}", **style)
+        right.step(recall, precision, where="post", label=f"{name}, {average}", **style)
+    left.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="chance, 0.5")
+    share = float(np.mean(labels))
+    right.axhline(share, color="0.6", linewidth=1, label=f"prevalence, {share:.2f}")
+    counts = f"{int(labels.sum())} abnormal, {int((~labels).sum())} normal {what}"
+    left.set(title=f"ROC\n{counts}", xlabel="false positive rate", ylabel="true positive rate")
+    right.set(title=f"precision-recall\n{counts}", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    for axis, measured in ((left, "area"), (right, "average precision")):
+        axis.set_box_aspect(1)
+        axis.grid(alpha=0.3)
+        title = f"{measured} (95 % interval over subjects)"
+        axis.legend(
+            frameon=False, fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12)
+        )
+    write_figure(path, figure)
+
+
+def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str], marks: dict[str, tuple[float, str]]) -> None:
+    """Histograms of columns ({name: axis label}) of score rows by label; marks: {name: (score, what it is)}."""
+    figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), layout="constrained", squeeze=False)
+    for axis, (column, name) in zip(axes[0], columns.items(), strict=True):
+        edges = np.histogram_bin_edges([row[column] for row in rows], min(40, 10 + len(rows) // 10))
+        for label, colour in LABEL_COLOURS.items():
+            values = [row[column] for row in rows if row["label"] == label]
+            if values:
+                style = {"histtype": "stepfilled", "facecolor": (colour, 0.3), "edgecolor": colour}
+                dash = "-" if label == "normal" else "--"
+                axis.hist(values, edges, label=f"{label} ({len(values)})", linestyle=dash, **style)
+        if column in marks:
+            score, words = marks[column]
+            axis.axvline(score, color="black", linestyle=":", label=words)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set(xlabel=name, ylabel="how many", title=name)
+        axis.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def draw_dice(path: Path, thresholds: np.ndarray, dice: np.ndarray, calibrated: float, counts: str) -> None:
+    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one marked."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    axis.plot(thresholds, dice, color=COLOURS[0])
+    best = int(dice.argmax())
+    at = float(dice[max(0, int((thresholds >= calibrated).sum()) - 1)])
+    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {at:.3f}")
+    axis.plot(
+        thresholds[best], dice[best], "o", color=COLOURS[1], label=f"best, an upper bound: {dice[best]:.3f}", zorder=3
+    )
+    axis.set(
+        title=f"Dice of the anomaly map\n{counts}",
+        xlabel="threshold, times the usual residual",
+        ylabel="Dice",
+        xlim=(0, 4 * calibrated),
+        ylim=(0, None),
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def draw_detectability(path: Path, by: dict[str, list[dict]]) -> None:
+    """Recall and mean Dice of lesions in groups; by: {what the groups are: as `measure_detectability` gives them}."""
+    figure, axes = plt.subplots(1, len(by), figsize=(5.6 * len(by), 4), layout="constrained", squeeze=False)
+    for axis, (what, groups) in zip(axes[0], by.items(), strict=True):
+        for name, title, colour, marker, shift in (
+            ("recall", "share found", COLOURS[0], "o", -0.08),
+            ("dice", "mean Dice", COLOURS[1], "s", 0.08),
+        ):
+            value = np.array([group[name]["value"] for group in groups])
+            reach = [[group[name][side] for group in groups] for side in ("low", "high")]
+            errors = np.maximum([value - reach[0], reach[1] - value], 0)
+            places = np.arange(len(groups)) + shift
+            axis.errorbar(places, value, errors, color=colour, marker=marker, capsize=3, linestyle="", label=title)
+        ticks = [f"{group['group']}\n{group['lesions']} in {group['scans']}" for group in groups]
+        axis.set_xticks(range(len(groups)), ticks, fontsize=8)
+        axis.set(
+            title=f"lesions by {what}",
+            xlabel=f"{what}; lesions in how many scans",
+            ylabel="at the calibrated threshold",
+            xlim=(-0.5, len(groups) - 0.5),
+            ylim=(-0.03, 1.03),
+        )
+        axis.grid(alpha=0.3, axis="y")
+        axis.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: float) -> None:
+    """How often normal test scans and slices ({"scans": (n,), ...}) have a p-value of at most alpha, over alpha.
+
+    A promise kept lies on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
+    """
+    figure, axis = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+    alphas = np.linspace(0, 1, 201)
+    count = len(p_values["scans"])
+    band = binom.ppf([[0.025], [0.975]], count, alphas) / count
+    axis.fill_between(alphas, *band, color="0.9", label="95 % of such sets of scans", step="mid")
+    axis.plot([0, 1], [0, 1], color="0.5", linewidth=1, label="as promised")
+    for (what, values), colour, dash in zip(p_values.items(), COLOURS, DASHES, strict=False):
+        share = np.searchsorted(np.sort(values), alphas, side="right") / len(values)
+        axis.step(alphas, share, where="post", color=colour, linestyle=dash, label=f"{len(values)} normal {what}")
+    axis.axvline(false_alarms, color="black", linestyle=":", linewidth=1, label=f"asked: {false_alarms:g}")
+    axis.set(
+        title="p-values of normal test scans",
+        xlabel="alpha",
+        ylabel="share with p ≤ alpha",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def draw_ages(path: Path, rows: list[dict], mark: tuple[float, str] | None) -> None:
+    """The scores of normal scans against age, a mark for each sex; mark: (the score above which a scan is flagged, its
+    name)."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    for (sex, marker), colour in zip(SEX_MARKERS.items(), COLOURS, strict=False):
+        known = [(row["age"], row["score"]) for row in rows if row["sex"] == sex and row["age"] is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), marker, color=colour, label=f"{sex or 'sex unknown'} ({len(known)})")
+    if mark:
+        axis.axhline(mark[0], color="black", linestyle=":", label=mark[1])
+    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the usual residual")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)

@@ -1,0 +1,75 @@
+"""Flags from a file: `--config run.yaml` is as good as the same flags on the command line, which win.
+
+The file is YAML or JSON and maps the flags' names (`false_alarms` or `false-alarms`) to their values. The records that
+the scripts leave (config.json, dataset.json, metrics.json) keep their flags under `flags`, where they are looked for
+first, so that a record can be given back as it is, whatever else it tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they change nothing that is left on disk
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """What `parser.parse_args(argv)` gives, with --config: flags that `argv` does not give come from that file.
+
+    A file that cannot be read or a name in it that is no flag ends the script as wrong usage does, with code 2.
+    """
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON file of flags; those given here win")
+    given = sys.argv[1:] if argv is None else argv
+    path = parser.parse_args(given).config
+    return parser.parse_args([*_read_flags(parser, path, given), *given] if path else given)
+
+
+def list_flags(args: argparse.Namespace) -> dict:
+    """The flags that made something, as plain values by name: what a record keeps under `flags`."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+    return {name: _plain(value) for name, value in flags.items()}
+
+
+def read_axes(text: str) -> str:
+    """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
+    axes = text.upper()
+    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
+        raise argparse.ArgumentTypeError(f"{text}: say where the three axes point to, such as ASL or RAS")
+    return axes
+
+
+def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -> list[str]:
+    """The file's flags as they would stand on the command line, but for those that stand there already."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"{path}: cannot be read as YAML or JSON ({' '.join(str(error).split())})")
+    flags = content.get("flags", content) if isinstance(content, dict) else None
+    if not isinstance(flags, dict):
+        parser.error(f"{path}: maps no flags to values; write lines such as `seed: 0`")
+    known = {action.dest: action for action in parser._actions}
+    arguments = []
+    for name, value in flags.items():
+        action = known.get(str(name).replace("-", "_"))
+        if action is None or action.dest in ("help", "config"):
+            parser.error(f"{path}: {name} is no flag; there are {', '.join(sorted(known.keys() - {'help', 'config'}))}")
+        option = action.option_strings[0]
+        there = any(word.split("=")[0] in action.option_strings for word in given)
+        if value is None or there:
+            continue
+        if isinstance(value, bool):
+            arguments += [option] if value else action.option_strings[1:2]  # the second one is --no-…, where there is
+        elif isinstance(value, list):
+            arguments += [option, *map(str, value)]
+        else:
+            arguments.append(f"{option}={value}")
+    return arguments
+
+
+def _plain(value):
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
