@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.anomaly import calibrate, map_anomalies, reconstruct, smooth_residual
-from models.autoencoder import MODELS
+from models.autoencoder import MODELS, take_middle
 from models.checkpoint import build_model
 from models.memory import keep_freed_memory
 from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
@@ -52,6 +52,10 @@ class HobbyAutoencoder(nn.Module):
     """The full-resolution convolutional autoencoder of many a notebook, trained with input = target."""
 
     corrupted = False
+
+    @staticmethod
+    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
+        return (0,)
 
     def __init__(self, size: int = 128):
         super().__init__()
@@ -133,16 +137,21 @@ class OurTraining(Trainer):
 
 
 class PlainDataset(Dataset):
-    """A file a slice, read when it is asked for."""
+    """A file a slice, read when it is asked for, each time with the neighbours that the model is shown."""
 
-    def __init__(self, scans: list[ScanSlices]):
-        self.paths = [scan.folder / name_slice(index) for scan in scans for index in scan.indices]
+    def __init__(self, name: str, scans: list[ScanSlices]):
+        neighbours = MODELS[name].find_neighbours(SPACING_MM[0])
+        self.windows = []
+        for scan in scans:
+            paths = [scan.folder / name_slice(index) for index in scan.indices]
+            for place in range(len(paths)):
+                self.windows.append([paths[min(max(place + n, 0), len(paths) - 1)] for n in neighbours])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.load(self.paths[index]).astype(np.float32)).unsqueeze(0)
+        return torch.from_numpy(np.stack([np.load(path).astype(np.float32) for path in self.windows[index]]))
 
 
 class PlainTraining:
@@ -153,7 +162,7 @@ class PlainTraining:
         torch.manual_seed(0)
         self.model = build_model({"model": name, "size": scans[0].size}).to(self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        loader = DataLoader(PlainDataset(scans), batch_size, shuffle=True, drop_last=True)
+        loader = DataLoader(PlainDataset(name, scans), batch_size, shuffle=True, drop_last=True)
         self.batches = (batch for epoch in cycle([loader]) for batch in epoch)
         self.step = 0
 
@@ -176,17 +185,20 @@ def evaluate_plainly(name: str, scan: ScanSlices, calibration: dict) -> np.ndarr
     model = _kept.setdefault(name, build_model({"model": name, "size": scan.size}).to(device).eval())
     stack, parts = [], []
     with torch.no_grad():
-        for slices in DataLoader(PlainDataset([scan])):
+        for slices in DataLoader(PlainDataset(name, [scan])):
             output = model(slices.to(device)).cpu()
-            stack.append(slices[0, 0].numpy())
-            parts.append(torch.where(slices > 0, output, 0)[0, 0].numpy())
+            middle = take_middle(slices)
+            stack.append(middle[0, 0].numpy())
+            parts.append(torch.where(middle > 0, output, 0)[0, 0].numpy())
     return map_anomalies(np.stack(stack), np.stack(parts), SPACING_MM, calibration)
 
 
 def evaluate_ours(model: nn.Module, scan: ScanSlices, calibration: dict, precision: str) -> np.ndarray:
     stack = scan.read_stack()
     device = next(model.parameters()).device
-    return map_anomalies(stack, reconstruct(model, stack, device, 32, DTYPES[precision]), SPACING_MM, calibration)
+    return map_anomalies(
+        stack, reconstruct(model, stack, SPACING_MM[0], device, 32, DTYPES[precision]), SPACING_MM, calibration
+    )
 
 
 class Elsewhere:
@@ -276,7 +288,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
     ours = build_model({"model": "dae", "size": args.size}).eval().to(device, memory_format=torch.channels_last)
     stack = scans[0].read_stack()
-    reconstruction = reconstruct(ours, stack, device)
+    reconstruction = reconstruct(ours, stack, SPACING_MM[0], device)
     residual = smooth_residual(stack, reconstruction, SPACING_MM)
     calibration = calibrate([stack] * 4, [residual, -residual] * 2)
     seconds = alternate(
