@@ -1,15 +1,18 @@
 """Training: normal slices only, subjects apart, and an interrupted run ends like an undisturbed one."""
 
 import csv
+import io
 import json
 import math
 import shutil
 import signal
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.train as training
 import training.trainer as trainer
@@ -130,6 +133,23 @@ def test_second_run_does_nothing_and_other_flags_are_refused(processed, run, cap
     assert (run / "model.pt").stat().st_mtime_ns == before
     with pytest.raises(DataError, match="other settings"):
         training.main(["--data", str(processed), "--run", str(run), *TINY, "--seed", "3"])
+
+
+def test_a_run_is_trained_again_by_its_own_config_in_silence(processed, run, tmp_path, capsys):
+    again = tmp_path / "again"
+    assert training.main(["--config", str(run / "config.json"), "--run", str(again), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (again / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
+
+
+def test_tensorboard_shows_test_blobs_and_losses(run):
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert {"train_loss", "val_loss", "slices_per_s"} <= set(board.Tags()["scalars"])
+    pictures = board.Images("reconstructions")
+    assert len(pictures) == len(board.Scalars("val_loss"))
+    values = plt.imread(io.BytesIO(pictures[-1].encoded_image_string))
+    assert values.shape[0] == 4 * 32
+    assert values.std() > 0.05, "blank"
 
 
 def test_loss_falls(processed, tmp_path):

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 if not __package__:
@@ -28,6 +28,7 @@ from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
 from models.memory import keep_freed_memory
 from preprocessing.scans import DataError, refuse_leaks
+from preprocessing.settings import list_flags, parse_flags
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from training import distributed
 from training.trainer import Trainer, choose_precision
@@ -95,8 +96,9 @@ def load_state(run: Path, config: dict) -> dict | None:
     return state
 
 
-def train(config: dict, data: Path, run: Path, in_memory: bool | None, device: torch.device) -> None:
-    """Train one run to its end, from the start or from where it was. in_memory: None decides by size."""
+def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
+    """Train one run to its end, from the start or from where it was."""
+    data, run, in_memory = args.data, args.run, args.in_memory  # None: decided by their size
     train_scans, validation_scans = find_training_scans(data, config["val_fraction"], config["seed"])
     size = config["network"]["size"] = train_scans[0].size
     config["train_subjects"] = sorted({scan.subject for scan in train_scans})
@@ -120,9 +122,10 @@ def train(config: dict, data: Path, run: Path, in_memory: bool | None, device: t
         say(f"slices {'held in memory' if in_memory else 'read from disk ahead of need'}: {why}")
         try:
             if distributed.is_first():
-                about = {"commit": read_commit(), "torch": torch.__version__, "python": platform.python_version()}
+                about = {"flags": list_flags(args), "commit": read_commit()}
+                about |= {"torch": torch.__version__, "python": platform.python_version()}
                 write_atomically(run / "config.json", json.dumps(config | about, indent=1).encode())
-            trainer = Trainer(config, train_scans, validation_scans, device, in_memory)
+            trainer = Trainer(config, train_scans, validation_scans, device, in_memory, args.quiet)
             if state:
                 trainer.load(state)
                 say(f"going on at step {trainer.step} of {config['steps']}")
@@ -188,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         default=False,
         help="the same bytes each time on a GPU too, somewhat slower; on a CPU it is always so",
     )
-    args = parser.parse_args(argv)
+    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
+    args = parse_flags(parser, argv)
     for name in ("width", "depth", "latent", "steps", "batch_size", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0")
@@ -214,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        train(config, args.data, args.run, args.in_memory, device)
+        with redirect_stdout(None if args.quiet else sys.stdout):
+            train(config, args, device)
     finally:
         distributed.leave()
     return 0

@@ -113,6 +113,7 @@ class Trainer:
 
     config     what decides the result, as train.py writes it to config.json
     in_memory  whether the slices are held in memory or read from disk ahead of need; the result is the same
+    quiet      no progress bars
     """
 
     def __init__(
@@ -122,8 +123,10 @@ class Trainer:
         validation: list[ScanSlices],
         device: torch.device,
         in_memory: bool = True,
+        quiet: bool = False,
     ):
         self.config, self.device = config, device
+        self.silent = quiet or None  # None: where there is no terminal
         self.precision = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
         torch.manual_seed(config["seed"])
         model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
@@ -218,7 +221,7 @@ class Trainer:
         SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is no number raises DataError.
         """
         steps, batches = self.config["steps"], self.read_batches()
-        silent = None if distributed.is_first() else True  # None: where there is a terminal
+        silent = self.silent if distributed.is_first() else True
         bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=silent)
         began, began_step, saved = time.perf_counter(), self.step, time.monotonic()
         self.model.train()
@@ -284,6 +287,8 @@ class Trainer:
         self.save(run)
         if distributed.is_first():
             _add_to_board(board, self.rows[-1])
+            pictures = [np.concatenate(slices[:, ::-1], axis=1) for slices in self.show_test_blobs().values()]
+            board.add_image("reconstructions", np.concatenate(pictures).clip(0, 1), self.step, dataformats="HW")
             self.write_log(run)
 
     def write_log(self, run: Path) -> None:
@@ -308,7 +313,7 @@ class Trainer:
         residuals = _Computed(find_residual, len(scans))
         if self.validation.slices is not None:  # they fit into memory, so these do
             stacks = list(stacks)
-            residuals = list(tqdm(residuals, desc="calibrating", unit="scan", disable=None))
+            residuals = list(tqdm(residuals, desc="calibrating", unit="scan", disable=self.silent))
         self.draw_reconstructions(run / "reconstructions.png")
         content = {
             "config": self.config["network"],
@@ -322,15 +327,25 @@ class Trainer:
         save_checkpoint(run / "model.pt", content)
 
     @torch.inference_mode()
-    def draw_reconstructions(self, path: Path, count: int = 8) -> None:
-        """Healthy validation slices, what the model is given, and what it makes of them."""
+    def show_test_blobs(self, count: int = 8) -> dict[str, np.ndarray]:
+        """{what: (count, H, W)}: healthy validation slices, the same with test blobs painted into them, the model's
+        reconstruction of these, and the size of the smoothed residual: where the blobs are, if the model is good."""
         clean = self.validation[np.linspace(0, len(self.validation) - 1, count).astype(int)]
-        source = corrupt(clean, seed_generator(self.device, 0, 0)) if self.model.corrupted else clean
+        source = corrupt(clean, seed_generator(self.device, 0, 0))
+        training, _ = self.model.training, self.model.eval()
         output = torch.where(take_middle(clean) > 0, self.forward(self.model, source), 0)
-        rows = [("healthy slice", take_middle(clean)), ("input", take_middle(source)), ("reconstruction", output)]
+        self.model.train(training)
+        healthy, spoilt, drawn = (x[:, 0].float().cpu().numpy() for x in map(take_middle, (clean, source, output)))
+        spacing = (1e3, self.validation.scans[0].record["pixel_mm"])  # far apart: these slices are no stack
+        error = np.abs(smooth_residual(spoilt, drawn, spacing))
+        return {"healthy slice": healthy, "with test blobs": spoilt, "reconstruction": drawn, "error x 4": 4 * error}
+
+    def draw_reconstructions(self, path: Path) -> None:
+        rows = self.show_test_blobs()
+        count = len(rows["reconstruction"])
         figure, axes = plt.subplots(len(rows), count, figsize=(1.6 * count, 1.7 * len(rows)), layout="constrained")
-        for line, (title, slices) in zip(axes, rows, strict=True):
-            for axis, values in zip(line, slices[:, 0].float().cpu().numpy(), strict=True):
+        for line, (title, slices) in zip(axes, rows.items(), strict=True):
+            for axis, values in zip(line, slices, strict=True):
                 axis.imshow(values, cmap="gray", origin="lower", vmin=0, vmax=1)
                 axis.axis("off")
             line[0].set_title(title, loc="left", fontsize=9)
