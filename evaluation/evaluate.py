@@ -49,10 +49,11 @@ from evaluation.table import COLUMNS, describe_counts, format_latex, format_mark
 from models.anomaly import count_needed
 from models.artifacts import write_atomically, write_table
 from models.checkpoint import CheckpointError
+from models.memory import keep_freed_memory
 from preprocessing.layouts import CONTRAST, ENDINGS
 from preprocessing.scans import LABELS, DataError, name_scan
 from preprocessing.settings import list_flags, parse_flags, read_axes
-from preprocessing.slices import ScanSlices, check_same_settings, list_scans
+from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from preprocessing.volume import restore_to_grid
 
 LESION_VOXELS = 10  # a slice with fewer lesion voxels on the scan's own grid does not count as abnormal
@@ -175,13 +176,22 @@ def read_kinds(path: Path) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     """Evaluate one run on one set of scans; returns the exit code: 0, or 3 where scans were skipped."""
-    run, data, out = args.run, args.data, args.out or args.run / "evaluation"
+    data, out = args.data, args.out or args.run / "evaluation"
     scans = [scan for label in LABELS for scan in list_scans(data / label)]
     if not scans:
         raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
-    examiner = Examiner(run / "model.pt", device, args.batch_size)
+    examiner = Examiner(args.run / "model.pt", device, args.batch_size)
     check_same_settings(scans, examiner.slices)
     kinds = read_kinds(args.lesions) if args.lesions else {}
+    with hold_folder(out, "--out"):
+        return fill_folder(out, examiner, scans, kinds, args)
+
+
+def fill_folder(
+    out: Path, examiner: Examiner, scans: list[ScanSlices], kinds: dict[str, str], args: argparse.Namespace
+) -> int:
+    """Examine the scans and leave all that an evaluation leaves, metrics.json last; returns the exit code."""
+    run, data = args.run, args.data
     settings = {
         "model": hashlib.sha256((run / "model.pt").read_bytes()).hexdigest(),
         "data": hash_records(scans),
@@ -506,6 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
+    keep_freed_memory()
     with contextlib.redirect_stdout(None if args.quiet or args.json else sys.stdout):
         if args.scan:
             code, content = examine_files(args, device)
