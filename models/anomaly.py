@@ -1,6 +1,7 @@
 """The way from a reconstruction to an anomaly map to a score: one path for every model.
 
-    residual     slice - reconstruction, signed, in units of the slice's [0, 1], smoothed over the stack
+    residual     slice - reconstruction, signed, in units of the slice's [0, 1], smoothed over the stack, without what
+                 varies only over centimetres: a coil's shading, not a lesion
     anomaly map  |residual| / what healthy scans show of that sign at that place / the scan's median of the same
     score        of a slice, the mean over the worst share of its brain; of a scan, likewise over its stack
 
@@ -21,6 +22,8 @@ from torch import nn
 from models.autoencoder import take_middle
 
 SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in the plane and across slices
+SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is taken off the residual
+SHADING_LIMIT = 4.0  # medians of |residual|; what is more does not count as shading, or large lesions would
 RIM_PIXELS = 3.0  # the brain's rim, where masks differ and partial volume rules, is faded in over this
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
 PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
@@ -61,7 +64,7 @@ def score_mse(stack: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
 
 
 def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """The signed residual smoothed within the brain: (n, H, W) float32, 0 outside the brain.
+    """The signed residual smoothed within the brain and without shading: (n, H, W) float32, 0 outside the brain.
 
     Noise changes its sign from pixel to pixel and cancels; a lesion keeps its sign. `spacing_mm`: between slices,
     between pixels.
@@ -71,8 +74,23 @@ def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: t
     residual = (stack.astype(np.float32) - reconstruction) * brain
     smoothed = ndimage.gaussian_filter(residual, sigma, truncate=3)
     share = ndimage.gaussian_filter(brain, sigma, truncate=3)
+    smoothed = smoothed / np.maximum(share, 0.1)
     rim = np.stack([ndimage.distance_transform_edt(plane) for plane in brain]).astype(np.float32)
-    return smoothed / np.maximum(share, 0.1) * brain * np.clip(rim / RIM_PIXELS, 0, 1)
+    return (smoothed - _estimate_shading(smoothed, brain, spacing_mm)) * brain * np.clip(rim / RIM_PIXELS, 0, 1)
+
+
+def _estimate_shading(residual: np.ndarray, brain: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
+    """What of a smoothed residual varies only over centimetres, by a wide Gaussian mean within the brain.
+
+    Taken at every fourth pixel, which is enough for it.
+    """
+    coarse = (slice(None), slice(2, None, 4), slice(2, None, 4))
+    limit = SHADING_LIMIT * np.median(np.abs(residual[brain > 0]))
+    sigma = [SHADING_MM / spacing_mm[0], SHADING_MM / spacing_mm[1] / 4, SHADING_MM / spacing_mm[1] / 4]
+    total = ndimage.gaussian_filter(np.clip(residual, -limit, limit)[coarse] * brain[coarse], sigma, truncate=2.5)
+    share = ndimage.gaussian_filter(brain[coarse], sigma, truncate=2.5)
+    factors = [fine / few for fine, few in zip(residual.shape, total.shape, strict=True)]
+    return ndimage.zoom(total / (share + 0.02), factors, order=1, grid_mode=True, mode="nearest")
 
 
 def calibrate(stacks: list[np.ndarray], residuals: list[np.ndarray]) -> dict:

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.stats import binomtest
 
 from models.anomaly import (
@@ -147,6 +148,22 @@ def test_a_planted_lesion_stands_out_of_its_surroundings():
     assert scores[4:7].min() > scores[[0, 1, 2, 8, 9]].max()
     assert score_scan(sick) > 2 * score_scan(healthy)
     assert lesion[np.unravel_index(np.nanargmax(sick), sick.shape)]
+
+
+def test_shading_is_no_anomaly_but_a_lesion_in_it_is():
+    stack, _, lesion = healthy_and_lesion(size=96, depth=24)
+    lesion = np.zeros(stack.shape, bool)
+    lesion[8:14, 44:52, 44:52] = True
+    rng = np.random.default_rng(2)
+    healthy = np.where(stack > 0, stack + 0.01 * rng.normal(size=stack.shape), 0)
+    shading = 0.1 * np.linspace(-1, 1, stack.shape[2])[None, None]
+    shaded = np.where(stack > 0, healthy + shading + 0.1 * lesion, 0)
+    inner = ndimage.binary_erosion(stack > 0, iterations=6)
+    residual = smooth_residual(shaded, stack, (2.0, 1.5))
+    assert (
+        np.abs(residual[inner & ~ndimage.binary_dilation(lesion, iterations=6)]).mean() < 0.35 * np.abs(shading).mean()
+    )
+    assert residual[lesion].mean() > 0.06
 
 
 def test_calibration_divides_by_what_healthy_scans_show_there():
