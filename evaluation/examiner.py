@@ -32,9 +32,9 @@ DETECTORS = {
 }
 THICKEST_MM = 4.0  # between slices; what the default model was tried on (EXPERIMENTS.md)
 BRAIN_ML = (700, 2000)  # of an adult
-USUAL_DEVIATION = (
-    0.7  # median z-score of a brain's intensity: up to 0.5 in healthy scans, 1.3 in one of dark white matter
-)
+# median z-score of a brain's intensity: up to 0.5 in healthy scans that were validated or trained on, 1.0 or more in
+# scans with dark for bright
+USUAL_DEVIATION = 0.7
 FLIPS = {"upside down": 0, "back to front": 1}  # axes of a stack; left and right look too much alike
 
 
