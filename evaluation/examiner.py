@@ -18,7 +18,7 @@ from models.anomaly import (
     score_scan,
     score_slices,
 )
-from models.checkpoint import load_model
+from models.checkpoint import CheckpointError, load_model
 from preprocessing.scans import DataError, name_scan
 from preprocessing.slices import ScanSlices
 from preprocessing.volume import cut_stack, find_brain, read_mask, read_volume
@@ -88,6 +88,11 @@ class Examiner:
         self.model.to(memory_format=torch.channels_last)
         self.slices = content["slices"]
         self.calibration = content["calibration"]
+        if "by_look" not in self.calibration:
+            raise CheckpointError(
+                f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
+                "calibrates where last.pt is whole"
+            )
         self.threshold = float(self.calibration["threshold"])
         self.precision = torch.bfloat16 if content["precision"] == "bf16" else torch.float32
         self.device, self.batch_size = device, batch_size
