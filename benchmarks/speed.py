@@ -2,8 +2,9 @@
 
 The plain loop: fp32, contiguous layout, one np.load a slice in a DataLoader without workers, the loss read after every
 step; evaluation one slice at a time. Same networks, same corruption, same slices on the same disk, each in a process of
-its own; the rounds of both alternate and each figure is the median. Run it on an idle machine. Prints tables and one
-JSON line last.
+its own; the rounds of both alternate and each figure is the median. `dae` is also set against the plain loop with the
+small U-Net that such projects usually train, for its architecture was chosen for speed too. Run it on an idle machine.
+Prints tables and one JSON line last.
 
 With --growth, how listing, starting a training and a second preprocessing grow with the number of scans instead.
 """
@@ -31,13 +32,14 @@ if not __package__:
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.anomaly import calibrate, map_anomalies, reconstruct, smooth_residual
-from models.autoencoder import MODELS, take_middle
+from models.anomaly import calibrate, map_anomalies, reconstruct
+from models.autoencoder import MODELS, convolution_block, take_middle
 from models.checkpoint import build_model
 from models.memory import keep_freed_memory
 from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
@@ -52,6 +54,7 @@ class HobbyAutoencoder(nn.Module):
     """The full-resolution convolutional autoencoder of many a notebook, trained with input = target."""
 
     corrupted = False
+    multiple = None
 
     @staticmethod
     def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
@@ -70,7 +73,41 @@ class HobbyAutoencoder(nn.Module):
         return self.layers(slices)
 
 
-MODELS["hobby"] = HobbyAutoencoder
+class SmallUNet(nn.Module):
+    """The small denoising U-Net of such projects: cells of 2x2 pixels, skips joined, one slice at a time."""
+
+    corrupted = True
+    multiple = 16
+
+    def __init__(self, size: int = 128):
+        super().__init__()
+        self.stem, widths = nn.PixelUnshuffle(2), (32, 64, 128, 256)
+        self.down = nn.ModuleList(double_convolution(i, o) for i, o in zip((4, *widths[:-1]), widths, strict=True))
+        self.up = nn.ModuleList(
+            double_convolution(i + o, o) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True)
+        )
+        self.to_slice = nn.Sequential(nn.Conv2d(widths[0], 4, 3, padding=1), nn.PixelShuffle(2))
+
+    @staticmethod
+    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
+        return (0,)
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        x, kept = self.stem(slices), []
+        for level, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if level else x)
+            kept.append(x)
+        kept.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), kept.pop()], 1))
+        return self.to_slice(x)
+
+
+def double_convolution(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(convolution_block(channels_in, channels_out), convolution_block(channels_out, channels_out))
+
+
+MODELS |= {"hobby": HobbyAutoencoder, "unet": SmallUNet}
 TITLES = {"hobby": "full-resolution CAE", "dae": "dae", "cae": "cae"}
 
 
@@ -216,7 +253,6 @@ _kept = {}  # in that other process, what its works go on with
 
 def train_plainly(steps: int, *arguments) -> None:
     if arguments not in _kept:
-        _kept.clear()
         _kept[arguments] = PlainTraining(arguments[0], list(list_scans(arguments[1])), arguments[2])
     _kept[arguments].run(steps)
 
@@ -250,6 +286,8 @@ def make_store(folder: Path, scans: int, slices: int, size: int) -> list[ScanSli
         stack = np.where(np.hypot(rows, columns) < 0.4 * size, values.clip(0.01, 1), 0).astype(np.float16)
         record = {"subject": str(number), "slices": list(range(slices)), "size": size}
         record |= {"spacing_mm": [SPACING_MM[1], SPACING_MM[1], SPACING_MM[0]], "pixel_mm": SPACING_MM[1]}
+        held = np.flatnonzero(stack.any(axis=(0, 1)))  # as round as a disc
+        record["held"] = [[int(held[0]), int(held[-1]) + 1]] * 2
         write_scan(folder / "train" / "normal" / f"{number}_T1w", stack, None, record)
     return list(list_scans(folder))
 
@@ -278,9 +316,14 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
         ours = {kind: OurTraining(name, kind, scans, args.batch_size) for kind in dict.fromkeys((precision, "fp32"))}
         works = {kind: lambda work=work: work.run(args.steps) for kind, work in ours.items()}
         works["plain"] = elsewhere(train_plainly, args.steps, name, folder, args.batch_size)
+        if name == "dae":
+            works["unet"] = elsewhere(train_plainly, args.steps, "unet", folder, args.batch_size)
         seconds = alternate(args.rounds, **works)
         for kind in ours:
             show(f"training, {TITLES[name]}, {kind}", f"train_{name}_{kind}", seconds["plain"], seconds[kind], count)
+            if name == "dae":
+                what, key = f"… against a usual small U-Net, {kind}", f"train_dae_against_unet_{kind}"
+                show(what, key, seconds["unet"], seconds[kind], count)
     last = ours[precision]
     streamed = OurTraining(args.models[-1], precision, scans, args.batch_size, in_memory=False)
     seconds = alternate(args.rounds, memory=lambda: last.run(args.steps), disk=lambda: streamed.run(args.steps))
@@ -289,8 +332,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     ours = build_model({"model": "dae", "size": args.size}).eval().to(device, memory_format=torch.channels_last)
     stack = scans[0].read_stack()
     reconstruction = reconstruct(ours, stack, SPACING_MM[0], device)
-    residual = smooth_residual(stack, reconstruction, SPACING_MM)
-    calibration = calibrate([stack] * 4, [residual, -residual] * 2)
+    calibration = calibrate([(stack, drawn, SPACING_MM) for drawn in (reconstruction, 2 * stack - reconstruction)])
     seconds = alternate(
         args.rounds,
         plain=elsewhere(evaluate_plainly, "dae", scans[0], calibration),

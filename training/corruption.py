@@ -109,15 +109,17 @@ def _do_to_some(x, share, change, generator):
 
 
 def _blur(x, generator):
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    wide = F.pad(x, (1, 1, 1, 1), mode="replicate")  # sums of shifted slices take a third of the time of pooling
+    rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
+    blurred = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
     return torch.lerp(x, blurred, _uniform_each(x, 0, 0.9, generator))
 
 
 def _blur_widely(x):
-    """The mean over the brain within about 4 pixels; taken at half the resolution, where it costs a fourth."""
-    both = F.avg_pool2d(torch.cat([x, (x > 0).float()], 1), 2)
-    values, brain = F.avg_pool2d(both, 5, 1, 2).chunk(2, 1)
-    return F.interpolate(values / brain.clamp(min=0.1), scale_factor=2.0, mode="bilinear", align_corners=False)
+    """The mean over the brain within about 5 pixels; taken at a quarter of the resolution, where it costs little."""
+    both = F.avg_pool2d(torch.cat([x, (x > 0).float()], 1), 4)
+    values, brain = F.avg_pool2d(both, 3, 1, 1).chunk(2, 1)
+    return F.interpolate(values / brain.clamp(min=0.1), scale_factor=4.0, mode="bilinear", align_corners=False)
 
 
 def _smooth_noise(shape, grains, generator):
@@ -153,9 +155,9 @@ def _move(x, generator):
 
 def _erode(x, _):
     """The slices without the outermost pixels of their brain."""
-    background = (x <= 0).float()
-    wide = F.max_pool2d(F.max_pool2d(background, (1, 3), 1, (0, 1)), (3, 1), 1, (1, 0))
-    return torch.where(wide > 0, 0, x)
+    brain = F.pad(x > 0, (1, 1, 1, 1), value=True)
+    rows = brain[..., :-2, :] & brain[..., 1:-1, :] & brain[..., 2:, :]
+    return x * (rows[..., :-2] & rows[..., 1:-1] & rows[..., 2:])
 
 
 def _offsets_from_a_place(x, shape, generator):

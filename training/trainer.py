@@ -93,6 +93,25 @@ def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
+def find_window(scans: list[ScanSlices], multiple: int | None) -> tuple[slice, slice] | None:
+    """The rows and columns around the brains of all these scans, as many of each as a multiple of `multiple`.
+
+    What lies outside is background in all of them and would only cost time. None where the model takes whole slices.
+    """
+    if multiple is None:
+        return None
+    try:
+        held = np.array([scan.record["held"] for scan in scans])  # (scans, 2, 2)
+    except KeyError as error:
+        raise DataError(f"{scans[0].folder}: cut by an older version; run preprocess_oasis.py again") from error
+    window = []
+    for first, end in zip(held[:, :, 0].min(axis=0), held[:, :, 1].max(axis=0), strict=True):
+        side = min(-(-(end - first) // multiple) * multiple, scans[0].size)
+        start = min(max((first + end - side) // 2, 0), scans[0].size - side)
+        window.append(slice(int(start), int(start + side)))
+    return tuple(window)
+
+
 def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the squared errors over the brain's pixels, how many these are). Both arguments (B, 1, H, W).
 
@@ -132,7 +151,8 @@ class Trainer:
         model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
         self.model = distributed.share_statistics(model)
         self.train, self.validation = (
-            SliceDataset(scans, in_memory, device, model.find_neighbours) for scans in (train, validation)
+            SliceDataset(scans, in_memory, device, model.find_neighbours, find_window(scans, model.multiple))
+            for scans in (train, validation)
         )
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
         if config["compile"]:
@@ -302,23 +322,22 @@ class Trainer:
         self.model.eval()
         scans = self.validation.scans
 
-        def find_residual(number: int) -> np.ndarray:
+        def compare(number: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
             scan, record = scans[number], scans[number].record
-            batch_size = self.config["batch_size"]
             stack, spacing = scan.read_stack(), record["spacing_mm"][2]
-            reconstruction = reconstruct(self.model, stack, spacing, self.device, batch_size, self.precision)
-            return smooth_residual(stack, reconstruction, (spacing, record["pixel_mm"]))
+            reconstruction = reconstruct(
+                self.model, stack, spacing, self.device, self.config["batch_size"], self.precision
+            )
+            return stack, reconstruction, (spacing, record["pixel_mm"])
 
-        stacks = _Computed(lambda number: scans[number].read_stack(), len(scans))
-        residuals = _Computed(find_residual, len(scans))
+        compared = _Computed(compare, len(scans))
         if self.validation.slices is not None:  # they fit into memory, so these do
-            stacks = list(stacks)
-            residuals = list(tqdm(residuals, desc="calibrating", unit="scan", disable=self.silent))
+            compared = list(tqdm(compared, desc="calibrating", unit="scan", disable=self.silent))
         self.draw_reconstructions(run / "reconstructions.png")
         content = {
             "config": self.config["network"],
             "weights": self.best["weights"],
-            "calibration": calibrate(stacks, residuals),
+            "calibration": calibrate(compared),
             "slices": check_same_settings(scans),
             "precision": self.config["precision"],
             "step": self.best["step"],
