@@ -35,6 +35,7 @@ from training.corruption import corrupt, vary_appearance
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
 LOOK_EVERY = 20  # steps between two looks at the losses: each makes a GPU wait
 SAVE_EVERY_S = 60.0  # between two saves within an epoch
+LARGEST_GRADIENT = 0.3  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
 SPOILED_TOGETHER = 16  # slices; a process corrupts whole groups of a batch, so its draws are those of one alone
 
 
@@ -204,6 +205,7 @@ class Trainer:
         loss = squares / distributed.add(pixels)  # this process's part of it
         self.optimiser.zero_grad()
         (loss * distributed.count()).backward()  # of which the mean over the processes is taken
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         self.optimiser.step()
         self.step += 1
         return distributed.add(loss.detach())
