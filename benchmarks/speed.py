@@ -157,7 +157,7 @@ class OurTraining(Trainer):
             source, target = timed("corruption", lambda clean=clean: self.spoil(clean))
             loss = timed("forward", lambda source=source, target=target: forward(source, target))
             timed("backward", lambda loss=loss: (self.optimiser.zero_grad(), loss.backward()))
-            timed("optimiser", self.optimiser.step)
+            timed("optimiser", self.update_weights)
             self.step += 1
             self.losses.append(loss.detach())
             if self.step % LOOK_EVERY == 0:

@@ -268,6 +268,23 @@ def test_a_long_epoch_is_saved_on_the_way(processed, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 20
 
 
+def test_a_burst_of_the_gradient_is_cut(processed, tmp_path, monkeypatch):
+    sum_squares, update_weights, norms = trainer.sum_squares, Trainer.update_weights, []
+
+    def update_and_look(self):
+        update_weights(self)
+        norms.append(torch.stack([values.grad.norm() for values in self.model.parameters()]).norm().item())
+
+    def burst(reconstruction, target):
+        squares, pixels = sum_squares(reconstruction, target)
+        return 1e6 * squares, pixels
+
+    monkeypatch.setattr(Trainer, "update_weights", update_and_look)
+    monkeypatch.setattr(trainer, "sum_squares", burst)
+    assert training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]) == 0
+    assert max(norms) == pytest.approx(trainer.LARGEST_GRADIENT, rel=1e-3)
+
+
 def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypatch):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step

@@ -205,10 +205,13 @@ class Trainer:
         loss = squares / distributed.add(pixels)  # this process's part of it
         self.optimiser.zero_grad()
         (loss * distributed.count()).backward()  # of which the mean over the processes is taken
-        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
-        self.optimiser.step()
+        self.update_weights()
         self.step += 1
         return distributed.add(loss.detach())
+
+    def update_weights(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
+        self.optimiser.step()
 
     @torch.inference_mode()
     def validate(self) -> float:
