@@ -73,27 +73,32 @@ def smooth_residual(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: t
     Noise changes its sign from pixel to pixel and cancels; a lesion keeps its sign. The brain's rim, where masks differ
     and partial volume rules, is faded in. `spacing_mm`: between slices, between pixels.
     """
-    brain = (stack > 0).astype(np.float32)
-    share = _smooth(brain, SMOOTHING_MM, spacing_mm)
-    smoothed = _smooth((stack - reconstruction) * brain, SMOOTHING_MM, spacing_mm) / np.maximum(share, 0.1)
-    return (smoothed - _estimate_shading(smoothed, brain, spacing_mm)) * brain * np.clip(2 * share - 1, 0, 1)
+    return compare(stack, reconstruction, spacing_mm)[0]
 
 
-def describe_look(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """What the reconstruction looks like around each pixel: (2, n, H, W) float32 mean and standard deviation.
+def compare(
+    stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(residual (n, H, W) as `smooth_residual` gives it, look (2, n, H, W)), both float32.
 
-    Of the reconstruction and not of the slice, whose lesion would speak for itself.
+    The look is what the reconstruction looks like around each pixel, its mean and its standard deviation: of the
+    reconstruction and not of the slice, whose lesion would speak for itself.
     """
     brain = (stack > 0).astype(np.float32)
-    share = np.maximum(_smooth(brain, SMOOTHING_MM, spacing_mm), 0.1)
     drawn = reconstruction * brain
-    mean, squares = (_smooth(values, SMOOTHING_MM, spacing_mm) / share for values in (drawn, drawn**2))
-    return np.stack([mean, np.sqrt(np.maximum(squares - mean**2, 0))])
+    share = _smooth(brain, SMOOTHING_MM, spacing_mm)
+    within = 1 / np.maximum(share, 0.1)
+    residual, mean, squares = (
+        _smooth(values, SMOOTHING_MM, spacing_mm) * within for values in (stack * brain - drawn, drawn, drawn * drawn)
+    )
+    residual -= _estimate_shading(residual, brain, spacing_mm)
+    residual *= brain * np.clip(2 * share - 1, 0, 1)
+    return residual, np.stack([mean, np.sqrt(np.maximum(squares - mean * mean, 0))])
 
 
 def _estimate_shading(residual: np.ndarray, brain: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
     """What of a smoothed residual varies only over centimetres, by a wide Gaussian mean within the brain."""
-    limit = SHADING_LIMIT * np.median(np.abs(residual[brain > 0]))
+    limit = SHADING_LIMIT * _find_median(np.abs(residual[brain > 0]))
     total = _smooth(np.clip(residual, -limit, limit) * brain, SHADING_MM, spacing_mm)
     return total / (_smooth(brain, SHADING_MM, spacing_mm) + 0.02)
 
@@ -133,9 +138,9 @@ def calibrate(scans: Sequence[tuple[np.ndarray, np.ndarray, tuple[float, float]]
     """
     places, limits, intensity = 0, [], 0
     for stack, reconstruction, spacing_mm in scans:
-        places = places + _sum_by_place(smooth_residual(stack, reconstruction, spacing_mm))
-        look = describe_look(stack, reconstruction, spacing_mm)[:, stack > 0]
-        limits.append(np.quantile(look, np.linspace(0, 1, LOOKS + 1)[1:-1], axis=1).T)
+        residual, look = compare(stack, reconstruction, spacing_mm)
+        places = places + _sum_by_place(residual)
+        limits.append(np.quantile(look[:, stack > 0], np.linspace(0, 1, LOOKS + 1)[1:-1], axis=1).T)
         intensity = intensity + _sum_intensity(stack)
     usual = {"looks": np.mean(limits, axis=0).astype(np.float32), "by_look": np.ones((2, LOOKS, LOOKS), np.float32)}
 
@@ -143,8 +148,7 @@ def calibrate(scans: Sequence[tuple[np.ndarray, np.ndarray, tuple[float, float]]
         return np.maximum(totals - own, 0) if len(scans) > 1 else totals
 
     def map_as_new(stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]) -> tuple:
-        residual = smooth_residual(stack, reconstruction, spacing_mm)
-        look = describe_look(stack, reconstruction, spacing_mm)
+        residual, look = compare(stack, reconstruction, spacing_mm)
         usual["expected"] = _expect(leave_out(places, _sum_by_place(residual)))
         return residual, look, _divide_by_usual(residual, look, stack > 0, usual)
 
@@ -175,8 +179,7 @@ def map_anomalies(
     stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
 ) -> np.ndarray:
     """The anomaly map (n, H, W) float32, in times the scan's usual residual; NaN outside the brain."""
-    residual = smooth_residual(stack, reconstruction, spacing_mm)
-    look = describe_look(stack, reconstruction, spacing_mm)
+    residual, look = compare(stack, reconstruction, spacing_mm)
     usual = {key: calibration[key].numpy() for key in ("expected", "looks", "by_look")}
     return _divide_by_usual(residual, look, stack > 0, usual)
 
@@ -273,10 +276,16 @@ def _levels(count: int) -> np.ndarray:
     return np.linspace(0, LEVELS - 1, count)
 
 
+def _between_levels(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(count,) the level below each kept slice, and how far it is to the next one, 0 to 1."""
+    below = np.minimum(_levels(count).astype(int), LEVELS - 2)
+    return below, (_levels(count) - below).astype(np.float32)
+
+
 def _at_levels(places: np.ndarray, count: int) -> np.ndarray:
     """What is known by place (..., LEVELS, H, W), drawn out to a stack's slices: (..., count, H, W)."""
-    below = np.minimum(_levels(count).astype(int), LEVELS - 2)
-    share = (_levels(count) - below).astype(np.float32)[:, None, None]
+    below, share = _between_levels(count)
+    share = share[:, None, None]
     return places[..., below, :, :] * (1 - share) + places[..., below + 1, :, :] * share
 
 
@@ -302,16 +311,11 @@ def _expect(total: np.ndarray) -> np.ndarray:
 def _sum_by_look(residual: np.ndarray, look: np.ndarray, anomaly: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """(3, LOOKS, LOOKS) sums over a stack: squared anomaly of positive and of negative residuals, how many pixels."""
     brain = np.isfinite(anomaly)
-    mean, deviation = _find_look(look[:, brain], limits)
+    mean, deviation = (np.searchsorted(*pair) for pair in zip(limits, look[:, brain], strict=True))
     total = np.zeros((3, LOOKS, LOOKS), dtype=np.float32)
     np.add.at(total, ((residual[brain] <= 0).astype(int), mean, deviation), anomaly[brain] ** 2)
     np.add.at(total[2], (mean, deviation), 1)
     return total
-
-
-def _find_look(look: np.ndarray, limits: np.ndarray) -> list[np.ndarray]:
-    """The bins of looks (2, pixels): two arrays (pixels,)."""
-    return [np.searchsorted(edges, values) for edges, values in zip(limits, look, strict=True)]
 
 
 def _expect_look(total: np.ndarray) -> np.ndarray:
@@ -321,13 +325,24 @@ def _expect_look(total: np.ndarray) -> np.ndarray:
 
 def _divide_by_usual(residual: np.ndarray, look: np.ndarray, brain: np.ndarray, usual: dict) -> np.ndarray:
     """The anomaly map from a smoothed residual (n, H, W): by sign, place and look, and by the scan's own median."""
-    positive, negative = _at_levels(usual["expected"], len(residual))
-    values = residual[brain]
-    anomaly = np.abs(values) / np.where(values > 0, positive[brain], negative[brain])
-    anomaly /= usual["by_look"][((values <= 0).astype(int), *_find_look(look[:, brain], usual["looks"]))]
+    places = np.flatnonzero(brain)
+    number, pixel = np.divmod(places, brain[0].size)
+    values, mean, deviation = (volume.ravel()[places] for volume in (residual, *look))
+    sign = (values <= 0).astype(np.intp)
+    below, share = (part[number] for part in _between_levels(len(residual)))
+    expected, size = usual["expected"].ravel(), brain[0].size
+    lower = (sign * LEVELS + below) * size + pixel
+    expected = expected[lower] * (1 - share) + expected[lower + size] * share
+    bins = [np.searchsorted(*pair) for pair in zip(usual["looks"], (mean, deviation), strict=True)]
+    anomaly = np.abs(values) / (expected * usual["by_look"][sign, bins[0], bins[1]])
     mapped = np.full(residual.shape, np.nan, dtype=np.float32)
-    mapped[brain] = anomaly / max(float(np.median(anomaly)) if len(anomaly) else 0, 1e-6)
+    mapped.ravel()[places] = anomaly / max(_find_median(anomaly), 1e-6)
     return mapped
+
+
+def _find_median(values: np.ndarray) -> float:
+    """The median of some 100,000 pixels, of every seventh of them: nearly the same, in a seventh of the time."""
+    return float(np.median(values[::7])) if len(values) else 0.0
 
 
 def _sum_intensity(stack: np.ndarray) -> np.ndarray:
