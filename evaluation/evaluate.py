@@ -46,6 +46,7 @@ from evaluation.metrics import (
 from evaluation.panels import draw_montage, draw_panels
 from evaluation.report import VIEWERS, make_viewer, write_report
 from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
+from models import distributed
 from models.anomaly import count_needed
 from models.artifacts import write_atomically, write_table
 from models.checkpoint import CheckpointError
@@ -86,6 +87,13 @@ class Evaluation:
         who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
         lesions = list_lesions(scan.lesion, examined.maps["score"], threshold, scan.spacing_mm)
         self.lesions += [who | lesion for lesion in lesions]
+
+    def join(self, other: Evaluation) -> None:
+        """Take over what the other has kept, which comes after this one's."""
+        for name in ("slices", "scans", "regions", "lesions"):
+            getattr(self, name).extend(getattr(other, name))
+        for name, counts in other.voxels.items():
+            self.voxels[name].join(counts)
 
     def judged(self) -> list[dict]:
         """The slices that slice figures are about: those that hold a lesion, and all slices of normal scans.
@@ -183,14 +191,17 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     examiner = Examiner(args.run / "model.pt", device, args.batch_size)
     check_same_settings(scans, examiner.slices)
     kinds = read_kinds(args.lesions) if args.lesions else {}
-    with hold_folder(out, "--out"):
+    with hold_folder(out, "--out") if distributed.is_first() else contextlib.nullcontext():
         return fill_folder(out, examiner, scans, kinds, args)
 
 
 def fill_folder(
     out: Path, examiner: Examiner, scans: list[ScanSlices], kinds: dict[str, str], args: argparse.Namespace
 ) -> int:
-    """Examine the scans and leave all that an evaluation leaves, metrics.json last; returns the exit code."""
+    """Examine the scans and leave all that an evaluation leaves, metrics.json last; returns the exit code.
+
+    Several processes take the scans by turns, each writes the maps and pictures of its own; the first does the rest.
+    """
     run, data = args.run, args.data
     settings = {
         "model": hashlib.sha256((run / "model.pt").read_bytes()).hexdigest(),
@@ -199,40 +210,33 @@ def fill_folder(
     }
     settings |= {key: getattr(args, key) for key in ("maps", "bids", "panels", "false_alarms", "smallest_ml")}
     done = out / "metrics.json"
-    if done.exists() and (content := json.loads(done.read_text()))["settings"] == settings:
+    if content := distributed.agree(clear_folder(out, settings) if distributed.is_first() else None):
         print(f"{out} holds this evaluation already; delete it to evaluate again")
         print_figures(content)
         return 3 if content["counts"]["skipped"] else 0
-    if done.exists():  # of other settings or another model: none of its pictures and maps may stand among the new ones
-        done.unlink()  # first: it is written last and says that the rest is whole
-        for folder in ("error_maps", "montages", "maps", "bids"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    for folder in ("error_maps", "montages"):
-        for label in LABELS:
-            (out / folder / label).mkdir(parents=True, exist_ok=True)
     evaluation, skipped = Evaluation(kinds), 0
-    if args.bids:
+    if args.bids and distributed.is_first():
         write_bids_description(out / "bids", str(data), settings["model"])
     bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans] if args.bids else [])
-    for i, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=args.quiet or None)):
-        try:
-            scan = open_scan(stored)
-            examined = examiner.examine(scan)
-        except DataError as error:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            skipped += 1
-            continue
-        rows, row = examiner.score(examined, args.false_alarms)
-        native, affine = restore_to_grid(examined.maps["score"], scan.record), np.array(scan.record["affine"])
-        regions = list_regions(native, affine, examiner.threshold, args.smallest_ml)
-        evaluation.add(examined, rows, row, regions, examiner.threshold)
-        if args.maps:
-            write_maps(out / "maps" / scan.label / scan.name, native, affine, examiner.threshold)
-        if args.bids:
-            about = {"Sources": [scan.record["source"]], "Label": scan.label}
-            about |= {"Score": row["score"], "PValue": row["p_value"]}
-            write_bids_maps(out / "bids", bids_names[i], native, affine, examiner.threshold, about)
-        draw_scan(out, examined, rows, row, args.panels, examiner.threshold)
+    silent = args.quiet or None if distributed.is_first() else True
+    with tqdm(total=len(scans), desc="evaluating", unit="scan", disable=silent) as bar:
+        for first in range(0, len(scans), distributed.count()):
+            own, found = first + distributed.rank(), None
+            if own < len(scans):
+                bids_name = bids_names[own] if args.bids else None
+                try:
+                    found = examine_stored(out, examiner, scans[own], kinds, bids_name, args)
+                except DataError as error:
+                    found = error
+            for part in distributed.gather(found):
+                if isinstance(part, Evaluation):
+                    evaluation.join(part)
+                elif part:
+                    tqdm.write(f"skipped {part}", file=sys.stderr)
+                    skipped += 1
+                bar.update(part is not None)
+    if not distributed.is_first():
+        return 0
     if not evaluation.scans:
         raise DataError(f"{data}: not one of its {len(scans)} scans could be read; preprocess again")
     write_table(out / "scores.csv", evaluation.slices)
@@ -264,6 +268,42 @@ def fill_folder(
     print_figures(content)
     print(f"{describe_counts(content)}; look at {out / 'report.html'}")
     return 3 if skipped else 0
+
+
+def clear_folder(out: Path, settings: dict) -> dict | None:
+    """Make the folder ready for an evaluation with these settings; or return what metrics.json says if it holds it."""
+    done = out / "metrics.json"
+    if done.exists() and (content := json.loads(done.read_text()))["settings"] == settings:
+        return content
+    if done.exists():  # of other settings or another model: none of its pictures and maps may stand among the new ones
+        done.unlink()  # first: it is written last and says that the rest is whole
+        for folder in ("error_maps", "montages", "maps", "bids"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+    for folder in ("error_maps", "montages"):
+        for label in LABELS:
+            (out / folder / label).mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def examine_stored(
+    out: Path, examiner: Examiner, stored: ScanSlices, kinds: dict, bids_name: str | None, args: argparse.Namespace
+) -> Evaluation:
+    """Examine one scan of the store, write its maps and pictures, and return what is kept of it."""
+    scan = open_scan(stored)
+    examined = examiner.examine(scan)
+    rows, row = examiner.score(examined, args.false_alarms)
+    native, affine = restore_to_grid(examined.maps["score"], scan.record), np.array(scan.record["affine"])
+    regions = list_regions(native, affine, examiner.threshold, args.smallest_ml)
+    if args.maps:
+        write_maps(out / "maps" / scan.label / scan.name, native, affine, examiner.threshold)
+    if args.bids:
+        about = {"Sources": [scan.record["source"]], "Label": scan.label}
+        about |= {"Score": row["score"], "PValue": row["p_value"]}
+        write_bids_maps(out / "bids", bids_name, native, affine, examiner.threshold, about)
+    draw_scan(out, examined, rows, row, args.panels, examiner.threshold)
+    kept = Evaluation(kinds)
+    kept.add(examined, rows, row, regions, examiner.threshold)
+    return kept
 
 
 def hash_records(scans: list[ScanSlices]) -> str:
@@ -516,13 +556,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
+    if args.scan and distributed.count() > 1:
+        parser.error("--scan is for one process; run it without torchrun")
     keep_freed_memory()
-    with contextlib.redirect_stdout(None if args.quiet or args.json else sys.stdout):
-        if args.scan:
-            code, content = examine_files(args, device)
-        else:
-            code, content = evaluate(args, device), None
-    if args.json:
+    device, silent = distributed.join(device), args.quiet or args.json or not distributed.is_first()
+    try:
+        with contextlib.redirect_stdout(None if silent else sys.stdout):
+            if args.scan:
+                code, content = examine_files(args, device)
+            else:
+                code, content = evaluate(args, device), None
+    finally:
+        distributed.leave()
+    if args.json and distributed.is_first():
         out = args.out or args.run / "evaluation"
         print(json.dumps(content, indent=1) if content else (out / "metrics.json").read_text())
     return code
@@ -532,4 +578,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, CheckpointError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if distributed.is_first() else 1)

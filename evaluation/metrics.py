@@ -82,6 +82,13 @@ class VoxelCounts:
         for key, count in zip(found.tolist(), counts, strict=True):
             mine[key] = mine.get(key, 0) + count
 
+    def join(self, other: VoxelCounts) -> None:
+        """Count what the other has counted as well."""
+        for subject, theirs in other.counts.items():
+            mine = self.counts.setdefault(subject, {})
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+
     def hold_lesions(self) -> bool:
         return any(count[1] for mine in self.counts.values() for count in mine.values())
 

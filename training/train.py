@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from psutil import virtual_memory
 
+from models import distributed
 from models.artifacts import write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
@@ -30,7 +31,6 @@ from models.memory import keep_freed_memory
 from preprocessing.scans import DataError, refuse_leaks
 from preprocessing.settings import list_flags, parse_flags
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
-from training import distributed
 from training.trainer import Trainer, choose_precision
 
 PROJECT = Path(__file__).resolve().parents[1]

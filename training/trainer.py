@@ -23,13 +23,13 @@ from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from models import distributed
 from models.anomaly import calibrate, reconstruct, smooth_residual
 from models.artifacts import write_figure, write_table
 from models.autoencoder import take_middle
 from models.checkpoint import build_model, save_checkpoint
 from preprocessing.scans import DataError
 from preprocessing.slices import ScanSlices, SliceDataset, check_same_settings
-from training import distributed
 from training.corruption import corrupt, vary_appearance
 
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")

@@ -78,6 +78,15 @@ def agree(value):
     return box[0]
 
 
+def gather(value) -> list:
+    """The values of all processes, in their order, in the first process; an empty list in the others."""
+    if count() == 1:
+        return [value]
+    values = [None] * count() if is_first() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def share_statistics(model: nn.Module) -> nn.Module:
     """Make the model's batch norms take their statistics over the slices of all processes; before the optimiser."""
     if count() > 1:
