@@ -54,7 +54,6 @@ class HobbyAutoencoder(nn.Module):
     """The full-resolution convolutional autoencoder of many a notebook, trained with input = target."""
 
     corrupted = False
-    multiple = None
 
     @staticmethod
     def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
@@ -77,7 +76,6 @@ class SmallUNet(nn.Module):
     """The small denoising U-Net of such projects: cells of 2x2 pixels, skips joined, one slice at a time."""
 
     corrupted = True
-    multiple = 16
 
     def __init__(self, size: int = 128):
         super().__init__()
@@ -286,8 +284,6 @@ def make_store(folder: Path, scans: int, slices: int, size: int) -> list[ScanSli
         stack = np.where(np.hypot(rows, columns) < 0.4 * size, values.clip(0.01, 1), 0).astype(np.float16)
         record = {"subject": str(number), "slices": list(range(slices)), "size": size}
         record |= {"spacing_mm": [SPACING_MM[1], SPACING_MM[1], SPACING_MM[0]], "pixel_mm": SPACING_MM[1]}
-        held = np.flatnonzero(stack.any(axis=(0, 1)))  # as round as a disc
-        record["held"] = [[int(held[0]), int(held[-1]) + 1]] * 2
         write_scan(folder / "train" / "normal" / f"{number}_T1w", stack, None, record)
     return list(list_scans(folder))
 

@@ -40,7 +40,6 @@ class ConvolutionalAutoencoder(nn.Module):
     """
 
     corrupted = False  # trained with input = target
-    multiple = None  # it takes slices of its own size alone
 
     @staticmethod
     def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
@@ -82,7 +81,6 @@ class DenoisingUNet(nn.Module):
 
     def __init__(self, size: int = 128, width: int = 64, depth: int = 3):
         super().__init__()
-        self.multiple = self.cell * 2 ** (depth - 1)  # it takes slices cut to the brain too, whose sides are such
         widths = [width * 2**level for level in range(depth)]
         self.stem = nn.PixelUnshuffle(self.cell)
         self.down = nn.ModuleList()

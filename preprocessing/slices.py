@@ -200,7 +200,6 @@ class SliceDataset(Dataset):
 
     find_neighbours  given the spacing of a scan's slices in mm, which slices an item holds as its C channels, counted
                      from its own; at the ends of a stack the last one stands for those beyond. None: itself alone
-    window           the rows and columns of each slice that an item holds; None: all
     """
 
     def __init__(
@@ -209,20 +208,17 @@ class SliceDataset(Dataset):
         in_memory: bool = True,
         device: torch.device | str = "cpu",
         find_neighbours: Callable[[float], tuple[int, ...]] | None = None,
-        window: tuple[slice, slice] | None = None,
     ):
         check_same_settings(scans)
         neighbours = [find_neighbours(scan.record["spacing_mm"][2]) if find_neighbours else (0,) for scan in scans]
         self.neighbours = np.array(neighbours)  # (scans, C)
-        self.window = window or (slice(scans[0].size),) * 2
         self.scans, self.device = scans, torch.device(device)
         self.ends = np.cumsum([len(scan.indices) for scan in scans])
         self.slices = None
         if in_memory:
-            sides = [len(range(scans[0].size)[side]) for side in self.window]
-            slices = torch.empty((len(self), *sides), dtype=torch.float16)
+            slices = torch.empty((len(self), scans[0].size, scans[0].size), dtype=torch.float16)
             for scan, end in zip(scans, self.ends, strict=True):
-                slices[end - len(scan.indices) : end] = torch.from_numpy(scan.read_stack()[(slice(None), *self.window)])
+                slices[end - len(scan.indices) : end] = torch.from_numpy(scan.read_stack())
             self.slices = slices.to(self.device)
 
     def __len__(self) -> int:
@@ -260,7 +256,7 @@ class SliceDataset(Dataset):
         number = int(np.searchsorted(self.ends, index, side="right"))
         scan = self.scans[number]
         place = int(index - self.ends[number])  # counted from the end of its scan
-        return read_slice(scan.folder / name_slice(scan.indices[place]), scan.size)[self.window]
+        return read_slice(scan.folder / name_slice(scan.indices[place]), scan.size)
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         """To the device without waiting for what it is busy with."""

@@ -163,8 +163,7 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
     size      pixels along each side; fov_mm: their extent in mm, centred on the brain
 
     Returns (stack (n, size, size) float16 in [0, 1], 0 outside the brain and above 0 inside, record), where record is
-    a dict of plain numbers: all that `restore_to_grid` and `cut_mask` need to find the same pixels again, and as `held`
-    the rows and the columns [first, after the last] that hold any of the brain.
+    a dict of plain numbers: all that `restore_to_grid` and `cut_mask` need to find the same pixels again.
     """
     # Transposed, (Z, Y, X): as most files store it, so that axial slices lie together.
     planes, values = brain.T, volume.values.T
@@ -206,9 +205,6 @@ def cut_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, s
         value = np.clip((value / np.maximum(share, 1e-6)) ** np.float32(exponent), BRAIN_FLOOR, 1)
         value[share <= 0.5] = 0
         target[:] = value
-    record["held"] = [
-        [int(i[0]), int(i[-1]) + 1] for i in (np.flatnonzero(stack.any(axis=axes)) for axes in ((0, 2), (0, 1)))
-    ]
     return stack, record
 
 

@@ -10,7 +10,7 @@ from preprocessing.scans import DataError, Scan
 from preprocessing.slices import read_scan, write_scan
 from preprocessing.volume import cut_mask, cut_stack, find_brain, read_mask, read_volume
 
-FORMAT = 4  # of what is written; raise it when the same scan would give other slices
+FORMAT = 3  # of what is written; raise it when the same scan would give other slices
 
 
 def preprocess_scan(

@@ -67,33 +67,6 @@ def test_from_disk_equals_in_memory(processed, run, tmp_path):
     assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
 
 
-def test_training_slices_are_cut_to_the_brains(processed):
-    held = [[[5, 120], [18, 108]], [[9, 121], [16, 110]]]
-    scans = [SimpleNamespace(size=128, record={"held": spans}) for spans in held]
-    rows, columns = trainer.find_window(scans, 16)
-    assert rows == slice(0, 128)
-    assert columns.stop - columns.start == 96
-    assert columns.start <= 16 < 110 <= columns.stop
-    assert trainer.find_window(scans, None) is None
-    scans = list(list_scans(processed / "train"))
-    whole = SliceDataset(scans)[:]
-    for scan in scans:
-        (top, bottom), (left, right) = scan.record["held"]
-        assert (scan.read_stack()[:, top:bottom, left:right] > 0).sum() == (scan.read_stack() > 0).sum()
-    for in_memory in (True, False):
-        cut = SliceDataset(scans, in_memory, window=(slice(0, 32), slice(4, 20)))[:]
-        torch.testing.assert_close(cut, whole[..., 4:20])
-
-
-def test_slices_of_an_older_version_are_refused(processed, tmp_path):
-    shutil.copytree(processed, tmp_path / "old")
-    scan = next(list_scans(tmp_path / "old" / "train"))
-    record = {key: value for key, value in scan.record.items() if key != "held"}
-    (scan.folder / "scan.json").write_text(json.dumps(record))
-    with pytest.raises(DataError, match="older version; run preprocess_oasis"):
-        training.main(["--data", str(tmp_path / "old"), "--run", str(tmp_path / "run"), *TINY])
-
-
 def test_slices_go_to_memory_only_where_they_fit(monkeypatch):
     monkeypatch.setattr(training, "virtual_memory", lambda: SimpleNamespace(available=8 * 128**2 * 2))
     assert training.fits_in_memory(4, 128, torch.device("cpu"))[0]

@@ -35,7 +35,7 @@ from training.corruption import corrupt, vary_appearance
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
 LOOK_EVERY = 20  # steps between two looks at the losses: each makes a GPU wait
 SAVE_EVERY_S = 60.0  # between two saves within an epoch
-LARGEST_GRADIENT = 0.3  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
+LARGEST_GRADIENT = 0.1  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
 SPOILED_TOGETHER = 16  # slices; a process corrupts whole groups of a batch, so its draws are those of one alone
 
 
@@ -94,25 +94,6 @@ def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def find_window(scans: list[ScanSlices], multiple: int | None) -> tuple[slice, slice] | None:
-    """The rows and columns around the brains of all these scans, as many of each as a multiple of `multiple`.
-
-    What lies outside is background in all of them and would only cost time. None where the model takes whole slices.
-    """
-    if multiple is None:
-        return None
-    try:
-        held = np.array([scan.record["held"] for scan in scans])  # (scans, 2, 2)
-    except KeyError as error:
-        raise DataError(f"{scans[0].folder}: cut by an older version; run preprocess_oasis.py again") from error
-    window = []
-    for first, end in zip(held[:, :, 0].min(axis=0), held[:, :, 1].max(axis=0), strict=True):
-        side = min(-(-(end - first) // multiple) * multiple, scans[0].size)
-        start = min(max((first + end - side) // 2, 0), scans[0].size - side)
-        window.append(slice(int(start), int(start + side)))
-    return tuple(window)
-
-
 def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the squared errors over the brain's pixels, how many these are). Both arguments (B, 1, H, W).
 
@@ -152,8 +133,7 @@ class Trainer:
         model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
         self.model = distributed.share_statistics(model)
         self.train, self.validation = (
-            SliceDataset(scans, in_memory, device, model.find_neighbours, find_window(scans, model.multiple))
-            for scans in (train, validation)
+            SliceDataset(scans, in_memory, device, model.find_neighbours) for scans in (train, validation)
         )
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
         if config["compile"]:
