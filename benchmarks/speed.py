@@ -1,9 +1,10 @@
 """Measure training and evaluation against the loop that such projects usually have, and where a step's time goes.
 
 The plain loop: fp32, contiguous layout, one np.load a slice in a DataLoader without workers, the loss read after every
-step; evaluation one slice at a time. Same networks, same corruption, same slices on the same disk, each in a process of
-its own; the rounds of both alternate and each figure is the median. `dae` is also set against the plain loop with the
-small U-Net that such projects usually train, for its architecture was chosen for speed too. Run it on an idle machine.
+step; evaluation one slice at a time, its map made with SciPy's filters. Same networks, corruption and slices, each in a
+process of its own; the rounds of both alternate and each figure is the median. `dae` is also set against the
+plain loop with the small U-Net that such projects usually train, for its architecture was chosen for speed too. Run it
+on an idle machine.
 Prints tables and one JSON line last.
 
 With --growth, how listing, starting a training and a second preprocessing grow with the number of scans instead.
@@ -33,11 +34,13 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import anomaly
 from models.anomaly import calibrate, map_anomalies, reconstruct
 from models.autoencoder import MODELS, convolution_block, take_middle
 from models.checkpoint import build_model
@@ -214,8 +217,37 @@ class PlainTraining:
             self.step += 1
 
 
+def map_plainly(
+    stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
+) -> np.ndarray:
+    """The anomaly map of models/anomaly.py, written down as its docstring says it, with SciPy's filters."""
+
+    def smooth(values: np.ndarray, sigma_mm: float) -> np.ndarray:
+        return ndimage.gaussian_filter(values, [sigma_mm / spacing_mm[i] for i in (0, 1, 1)], mode="nearest")
+
+    brain = stack > 0
+    stack, drawn = (np.where(brain, values, 0).astype(np.float32) for values in (stack, reconstruction))
+    share = smooth(brain.astype(np.float32), anomaly.SMOOTHING_MM)
+    within = np.maximum(share, 0.1)
+    residual, mean, squares = (
+        smooth(values, anomaly.SMOOTHING_MM) / within for values in (stack - drawn, drawn, drawn**2)
+    )
+    deviation = np.sqrt(np.maximum(squares - mean**2, 0))
+    limit = anomaly.SHADING_LIMIT * np.median(np.abs(residual[brain]))
+    wide = smooth(np.clip(residual, -limit, limit) * brain, anomaly.SHADING_MM)
+    residual -= wide / (smooth(brain.astype(np.float32), anomaly.SHADING_MM) + 0.02)
+    residual *= brain * np.clip(2 * share - 1, 0, 1)
+    expected, limits, by_look = (calibration[name].numpy() for name in ("expected", "looks", "by_look"))
+    expected = ndimage.zoom(expected, (1, len(stack) / anomaly.LEVELS, 1, 1), order=1)
+    sign = (residual <= 0).astype(int)
+    look = by_look[sign, np.searchsorted(limits[0], mean), np.searchsorted(limits[1], deviation)]
+    mapped = np.where(brain, np.abs(residual) / (np.where(sign, expected[1], expected[0]) * look), 0)
+    mapped = smooth(mapped, anomaly.SMOOTHING_MM) / np.maximum(share, 1e-6)
+    return np.where(brain, mapped / np.median(mapped[brain]), np.nan)
+
+
 def evaluate_plainly(name: str, scan: ScanSlices, calibration: dict) -> np.ndarray:
-    """The anomaly map, the network run on one slice at a time."""
+    """The anomaly map, the network run on one slice at a time, the map made with SciPy's filters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _kept.setdefault(name, build_model({"model": name, "size": scan.size}).to(device).eval())
     stack, parts = [], []
@@ -225,7 +257,7 @@ def evaluate_plainly(name: str, scan: ScanSlices, calibration: dict) -> np.ndarr
             middle = take_middle(slices)
             stack.append(middle[0, 0].numpy())
             parts.append(torch.where(middle > 0, output, 0)[0, 0].numpy())
-    return map_anomalies(np.stack(stack), np.stack(parts), SPACING_MM, calibration)
+    return map_plainly(np.stack(stack), np.stack(parts), SPACING_MM, calibration)
 
 
 def evaluate_ours(model: nn.Module, scan: ScanSlices, calibration: dict, precision: str) -> np.ndarray:

@@ -559,15 +559,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.scan and distributed.count() > 1:
         parser.error("--scan is for one process; run it without torchrun")
     keep_freed_memory()
-    device, silent = distributed.join(device), args.quiet or args.json or not distributed.is_first()
-    try:
-        with contextlib.redirect_stdout(None if silent else sys.stdout):
-            if args.scan:
-                code, content = examine_files(args, device)
-            else:
-                code, content = evaluate(args, device), None
-    finally:
-        distributed.leave()
+    silent = args.quiet or args.json or not distributed.is_first()
+    with distributed.join(device) as device, contextlib.redirect_stdout(None if silent else sys.stdout):
+        if args.scan:
+            code, content = examine_files(args, device)
+        else:
+            code, content = evaluate(args, device), None
     if args.json and distributed.is_first():
         out = args.out or args.run / "evaluation"
         print(json.dumps(content, indent=1) if content else (out / "metrics.json").read_text())

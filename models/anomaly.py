@@ -3,7 +3,8 @@
     residual     slice - reconstruction, signed, in units of the slice's [0, 1], smoothed over the stack, without what
                  varies only over centimetres: a coil's shading, not a lesion
     anomaly map  |residual| / what healthy scans show of that sign at that place / what they show where the
-                 reconstruction looks like that: folds are drawn less surely than white matter / the scan's median
+                 reconstruction looks like that: folds are drawn less surely than white matter; smoothed again, for what
+                 lies together says more than single pixels; / the scan's median
     score        of a slice, the mean over the worst share of its brain; of a scan, likewise over its stack
 
     p-value      conformal: how often a healthy scan scores as high
@@ -20,14 +21,16 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
 from models.autoencoder import take_middle
 
-SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in the plane and across slices
+SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual and over the map, in all three directions
 SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is taken off the residual
 SHADING_LIMIT = 4.0  # medians of |residual|; what is more does not count as shading, or large lesions would
+SHADING_CELL = 4  # pixels along each side of what the shading is taken of
 LOOKS = 12  # bins of the reconstruction's mean and of its standard deviation around a pixel
 LEVELS = 16  # places along the inferior-superior axis at which healthy residuals are kept
 PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
@@ -84,40 +87,45 @@ def compare(
     The look is what the reconstruction looks like around each pixel, its mean and its standard deviation: of the
     reconstruction and not of the slice, whose lesion would speak for itself.
     """
-    brain = (stack > 0).astype(np.float32)
-    drawn = reconstruction * brain
-    share = _smooth(brain, SMOOTHING_MM, spacing_mm)
-    within = 1 / np.maximum(share, 0.1)
-    residual, mean, squares = (
-        _smooth(values, SMOOTHING_MM, spacing_mm) * within for values in (stack * brain - drawn, drawn, drawn * drawn)
-    )
+    values, drawn = (torch.from_numpy(np.asarray(part, np.float32)) for part in (stack, reconstruction))
+    brain = (values > 0).float()
+    drawn = drawn * brain
+    parts = torch.stack([brain, values - drawn, drawn, drawn * drawn])
+    share, residual, mean, squares = _smooth(parts, SMOOTHING_MM, spacing_mm)
+    within = 1 / share.clamp(min=0.1)
+    residual, mean, squares = residual * within, mean * within, squares * within
     residual -= _estimate_shading(residual, brain, spacing_mm)
-    residual *= brain * np.clip(2 * share - 1, 0, 1)
-    return residual, np.stack([mean, np.sqrt(np.maximum(squares - mean * mean, 0))])
+    residual *= brain * (2 * share - 1).clamp(0, 1)
+    return residual.numpy(), torch.stack([mean, (squares - mean * mean).clamp(min=0).sqrt()]).numpy()
 
 
-def _estimate_shading(residual: np.ndarray, brain: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """What of a smoothed residual varies only over centimetres, by a wide Gaussian mean within the brain."""
-    limit = SHADING_LIMIT * _find_median(np.abs(residual[brain > 0]))
-    total = _smooth(np.clip(residual, -limit, limit) * brain, SHADING_MM, spacing_mm)
-    return total / (_smooth(brain, SHADING_MM, spacing_mm) + 0.02)
+def _estimate_shading(residual: torch.Tensor, brain: torch.Tensor, spacing_mm: tuple[float, float]) -> torch.Tensor:
+    """What of a smoothed residual varies only over centimetres, by a wide Gaussian mean within the brain.
+
+    It is taken over cells of pixels, which so wide a Gaussian does not see.
+    """
+    limit = SHADING_LIMIT * _find_median(residual[brain > 0].abs())
+    cells = F.avg_pool2d(torch.stack([residual.clamp(-limit, limit) * brain, brain]), SHADING_CELL)
+    total, share = _smooth(cells, SHADING_MM, (spacing_mm[0], spacing_mm[1] * SHADING_CELL))
+    shading = (total / (share + 0.02))[:, None]
+    return F.interpolate(shading, size=residual.shape[1:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def _smooth(values: np.ndarray, sigma_mm: float, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """A Gaussian over (n, H, W), as three matrix products: many times faster than filters, however wide it is."""
+def _smooth(values: torch.Tensor, sigma_mm: float, spacing_mm: tuple[float, float]) -> torch.Tensor:
+    """A Gaussian over the last three axes (n, H, W), as matrix products: many times faster than filters."""
     across, down, along = (
         _weigh(count, sigma_mm / spacing)
-        for count, spacing in zip(values.shape, (spacing_mm[0], spacing_mm[1], spacing_mm[1]), strict=True)
+        for count, spacing in zip(values.shape[-3:], (spacing_mm[0], spacing_mm[1], spacing_mm[1]), strict=True)
     )
-    return np.tensordot(across, down @ values @ along.T, axes=1)
+    return (across @ (down @ values @ along.T).flatten(-2)).view(values.shape)
 
 
 @lru_cache(maxsize=16)
-def _weigh(count: int, sigma: float) -> np.ndarray:
+def _weigh(count: int, sigma: float) -> torch.Tensor:
     """(count, count) float32 Gaussian weights of all places for each place; each row sums to 1."""
-    places = np.arange(count)
-    weights = np.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    places = torch.arange(count, dtype=torch.float64)
+    weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
+    return (weights / weights.sum(1, keepdim=True)).float()
 
 
 def calibrate(scans: Sequence[tuple[np.ndarray, np.ndarray, tuple[float, float]]]) -> dict:
@@ -159,7 +167,7 @@ def calibrate(scans: Sequence[tuple[np.ndarray, np.ndarray, tuple[float, float]]
     scan_scores, slice_scores, sample = [], [], []
     for scan, own in zip(scans, looks, strict=True):
         usual["by_look"] = _expect_look(leave_out(sum(looks), own))
-        anomaly = map_as_new(*scan)[-1]
+        anomaly = _smooth_map(map_as_new(*scan)[-1], scan[-1])
         scan_scores.append(score_scan(anomaly))
         slice_scores.extend(score_slices(anomaly))
         sample.append(np.quantile(anomaly[scan[0] > 0], np.linspace(0, 1, 10001)))
@@ -181,7 +189,7 @@ def map_anomalies(
     """The anomaly map (n, H, W) float32, in times the scan's usual residual; NaN outside the brain."""
     residual, look = compare(stack, reconstruction, spacing_mm)
     usual = {key: calibration[key].numpy() for key in ("expected", "looks", "by_look")}
-    return _divide_by_usual(residual, look, stack > 0, usual)
+    return _smooth_map(_divide_by_usual(residual, look, stack > 0, usual), spacing_mm)
 
 
 def map_deviation(stack: np.ndarray, spacing_mm: tuple[float, float], calibration: dict) -> np.ndarray:
@@ -325,24 +333,34 @@ def _expect_look(total: np.ndarray) -> np.ndarray:
 
 def _divide_by_usual(residual: np.ndarray, look: np.ndarray, brain: np.ndarray, usual: dict) -> np.ndarray:
     """The anomaly map from a smoothed residual (n, H, W): by sign, place and look, and by the scan's own median."""
-    places = np.flatnonzero(brain)
-    number, pixel = np.divmod(places, brain[0].size)
-    values, mean, deviation = (volume.ravel()[places] for volume in (residual, *look))
-    sign = (values <= 0).astype(np.intp)
-    below, share = (part[number] for part in _between_levels(len(residual)))
-    expected, size = usual["expected"].ravel(), brain[0].size
+    places = torch.from_numpy(np.flatnonzero(brain))
+    number, pixel = places // brain[0].size, places % brain[0].size
+    values, mean, deviation = (torch.from_numpy(volume).flatten()[places] for volume in (residual, *look))
+    sign = (values <= 0).long()
+    below, share = (torch.from_numpy(part)[number] for part in _between_levels(len(residual)))
+    usual = {name: torch.from_numpy(part) for name, part in usual.items()}
+    expected, size = usual["expected"].flatten(), brain[0].size
     lower = (sign * LEVELS + below) * size + pixel
-    expected = expected[lower] * (1 - share) + expected[lower + size] * share
-    bins = [np.searchsorted(*pair) for pair in zip(usual["looks"], (mean, deviation), strict=True)]
-    anomaly = np.abs(values) / (expected * usual["by_look"][sign, bins[0], bins[1]])
-    mapped = np.full(residual.shape, np.nan, dtype=np.float32)
-    mapped.ravel()[places] = anomaly / max(_find_median(anomaly), 1e-6)
-    return mapped
+    expected = torch.lerp(expected[lower], expected[lower + size], share)
+    bins = [torch.bucketize(*pair) for pair in zip((mean, deviation), usual["looks"], strict=True)]
+    anomaly = values.abs() / (expected * usual["by_look"][sign, bins[0], bins[1]])
+    mapped = torch.full(residual.shape, torch.nan)
+    mapped.view(-1)[places] = anomaly / max(_find_median(anomaly), 1e-6)
+    return mapped.numpy()
 
 
-def _find_median(values: np.ndarray) -> float:
+def _smooth_map(anomaly: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
+    """An anomaly map (n, H, W), NaN outside the brain, smoothed within it and in units of its median."""
+    anomaly = torch.from_numpy(anomaly)
+    brain = anomaly.isfinite()
+    total, share = _smooth(torch.stack([anomaly.nan_to_num(0), brain.float()]), SMOOTHING_MM, spacing_mm)
+    mean = total / share.clamp(min=1e-6)
+    return torch.where(brain, mean / max(_find_median(mean[brain]), 1e-6), torch.nan).numpy()
+
+
+def _find_median(values: torch.Tensor) -> float:
     """The median of some 100,000 pixels, of every seventh of them: nearly the same, in a seventh of the time."""
-    return float(np.median(values[::7])) if len(values) else 0.0
+    return float(values[::7].median()) if len(values) else 0.0
 
 
 def _sum_intensity(stack: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ class DenoisingUNet(nn.Module):
     """U-Net on cells of 4x4 pixels, which sees several times the slices in the same time; it draws the correction.
 
     It is shown the slices about 4 mm below and above too: a fold of the cortex goes on there, a lesion does otherwise.
-    What comes up is added to what was kept on the way down, not joined to it, for two thirds of the arithmetic.
+    What comes up is added to what was kept on the way down, not joined to it, and convolved once: half the arithmetic.
 
     size   unused by the network itself (it is convolutional); kept so that both models are made alike
     width  channels of the first level; they double at each of the `depth - 1` next
@@ -89,7 +89,7 @@ class DenoisingUNet(nn.Module):
         self.narrow, self.up = nn.ModuleList(), nn.ModuleList()
         for deeper, shallower in zip(widths[:0:-1], widths[-2::-1], strict=True):
             self.narrow.append(nn.Conv2d(deeper, shallower, 1))
-            self.up.append(nn.Sequential(*(convolution_block(shallower, shallower) for _ in range(2))))
+            self.up.append(convolution_block(shallower, shallower))
         self.to_slice = nn.Sequential(nn.Conv2d(width, self.cell**2, 3, padding=1), nn.PixelShuffle(self.cell))
 
     @staticmethod

@@ -6,12 +6,17 @@ devices and by gloo about the rest. Alone, a process talks to nobody and nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(days=1)  # the others wait for the first one while it calibrates and writes
 
 
 def count() -> int:
@@ -34,19 +39,24 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the processes that torchrun started with this one, if it did. Returns the device that is this one's."""
+@contextlib.contextmanager
+def join(device: torch.device) -> Iterator[torch.device]:
+    """Meet the processes that torchrun started with this one, if it did; gives the device that is this one's.
+
+    They part at the end of the block: all at once if it ends well, for one that leaves early can abort another that
+    still talks to it.
+    """
     if count() == 1:
-        return device
+        yield device
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def leave() -> None:
-    if dist.is_initialized():
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield device
+        dist.barrier()
+    finally:
         dist.destroy_process_group()
 
 

@@ -206,11 +206,23 @@ def test_calibration_divides_by_what_healthy_scans_show_where_they_look_like_tha
 
 def test_smoothing_is_the_gaussian_of_scipy():
     values = np.random.default_rng(0).normal(size=(20, 48, 40)).astype(np.float32)
-    smoothed = _smooth(values, 3.0, (2.0, 1.5))
+    smoothed = _smooth(torch.from_numpy(values), 3.0, (2.0, 1.5)).numpy()
     expected = ndimage.gaussian_filter(values, (1.5, 2, 2), truncate=6)
     inner = np.s_[8:-8, 12:-12, 12:-12]
     np.testing.assert_allclose(smoothed[inner], expected[inner], atol=1e-3)
-    np.testing.assert_allclose(_smooth(np.ones_like(values), 9.0, (2.0, 1.5)), 1, atol=1e-5)
+    np.testing.assert_allclose(_smooth(torch.ones(values.shape), 9.0, (2.0, 1.5)), 1, atol=1e-5)
+
+
+def test_the_map_is_that_of_plain_scipy():
+    from benchmarks.speed import map_plainly
+
+    stack, reconstruction, lesion = healthy_and_lesion(size=96, depth=24)
+    calibration = calibrate([(stack, reconstruction, (2.0, 1.5))] * 2)
+    sick = np.where(lesion, stack - 0.25, stack)
+    maps = [make(sick, reconstruction, (2.0, 1.5), calibration) for make in (map_anomalies, map_plainly)]
+    inner = ndimage.binary_erosion(stack > 0, iterations=4, border_value=1)
+    assert np.corrcoef(*(values[inner] for values in maps))[0, 1] > 0.995
+    assert np.abs(np.log(maps[0][lesion] / maps[1][lesion])).max() < 0.1
 
 
 def test_one_validation_scan_calibrates():

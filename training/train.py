@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, default=16000, help="optimiser steps; the learning rate's schedule follows"
+        "--steps", type=int, default=36000, help="optimiser steps; the learning rate's schedule follows"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
@@ -210,18 +210,14 @@ def main(argv: list[str] | None = None) -> int:
         "compile": args.compile, "deterministic": args.deterministic,
     }  # fmt: skip
     keep_freed_memory()
-    device = distributed.join(device)
-    try:
+    with distributed.join(device) as device, redirect_stdout(None if args.quiet else sys.stdout):
         if args.batch_size < distributed.count():
             raise DataError(f"--batch-size {args.batch_size} is less than a slice for each process; raise it")
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        with redirect_stdout(None if args.quiet else sys.stdout):
-            train(config, args, device)
-    finally:
-        distributed.leave()
+        train(config, args, device)
     return 0
 
 
