@@ -25,7 +25,7 @@ from models.anomaly import (
 from models.autoencoder import MODELS, take_middle
 from models.checkpoint import CheckpointError, build_model, load_model, save_checkpoint
 from preprocessing.slices import SliceDataset, list_scans
-from training.corruption import corrupt, vary_appearance, warp_locally
+from training.corruption import _draw_blob, corrupt, vary_appearance, warp_locally
 
 
 def make_slices(count=6, size=32, seed=0, channels=1):
@@ -75,6 +75,19 @@ def test_corruption_keeps_the_conventions_and_repeats(spoil):
     if spoil is corrupt:
         assert torch.equal(first > 0, slices > 0), "the brain stays the brain"
         assert (first != slices).flatten(1).any(1).float().mean() > 0.5
+
+
+def test_small_blobs_come_in_company():
+    slices = make_slices(256, 128)
+    blobs = _draw_blob(slices, torch.Generator().manual_seed(0))[:, 0].numpy() > 0.5
+    counts, areas = [], []
+    for blob in blobs:
+        labels, count = ndimage.label(ndimage.binary_closing(blob, iterations=2))
+        counts.append(count)
+        areas.append(np.bincount(labels.ravel())[1:].max(initial=0))
+    small = np.array(areas) < 64
+    assert small.sum() > 40
+    assert (np.array(counts)[small] > 1).mean() > 0.3
 
 
 def test_reconstruct_any_batch_size_gives_the_same():

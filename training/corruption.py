@@ -188,7 +188,7 @@ def _draw_blob(x, generator):
     ragged = _smooth_noise(half, (6, 12, 24), generator) * _uniform_each(x, 0, 0.6, generator)
     edge = _uniform_each(x, 0.5, 1.5, generator) / radius
     blob = torch.sigmoid((1 - distance + ragged) / edge) * (distance < 3)
-    # small ones come in company, other slices' blobs, or few pixels would teach what a small lesion is
+    # with other slices' small ones for company, or too few pixels would teach what a small lesion is
     small, count = blob * (radius < SMALL_BLOB), _uniform_each(x, 0, 7, generator)
     for number in range(1, 6):
         blob = torch.maximum(blob, small.roll(number, 0) * (count > number + 1))
