@@ -27,7 +27,7 @@ def vary_appearance(slices: torch.Tensor, generator: torch.Generator) -> torch.T
     brain = x > 0
     # contrast: a monotone curve through 0 and 1; bias field; gain, for a field that varies from slice to slice
     x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal((b, 1, 1, 1), generator) * 0.25))
-    field = _smooth_noise(x.shape, (2, 4), generator) * _uniform((b, 1, 1, 1), 0, 0.2, generator)
+    field = _smooth_noise(x.shape, (2, 3, 4), generator) * _uniform((b, 1, 1, 1), 0, 0.35, generator)
     x = x * torch.exp(field + _normal((b, 1, 1, 1), generator) * 0.08)
     # resolution: half of the slices are blurred; noise: on half of the slices; rim: on some
     x = _do_to_some(x, 0.5, _blur, generator)

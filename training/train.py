@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, default=36000, help="optimiser steps; the learning rate's schedule follows"
+        "--steps", type=int, default=50000, help="optimiser steps; the learning rate's schedule follows"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
