@@ -53,7 +53,7 @@ from models.checkpoint import CheckpointError
 from models.memory import keep_freed_memory
 from preprocessing.layouts import CONTRAST, ENDINGS
 from preprocessing.scans import LABELS, DataError, name_scan
-from preprocessing.settings import list_flags, parse_flags, read_axes
+from preprocessing.settings import list_flags, parse_flags, read_axes, silence
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from preprocessing.volume import restore_to_grid
 
@@ -463,9 +463,9 @@ def examine_file(args: argparse.Namespace, examiner: Examiner, path: Path, mask:
     reason = explain_no_flag(args.false_alarms, known)
     verdict = "no verdict" if reason else "unusual" if row["flagged"] else "not unusual"
     print(path)
+    heard = sys.stderr if args.quiet or args.json else sys.stdout  # a warning is said even where the rest is silent
     for doubt in doubts:
-        # a warning is said even where standard output is silent
-        print(f"  unlike what the model was trained on: {doubt}", file=sys.stdout or sys.stderr)
+        print(f"  unlike what the model was trained on: {doubt}", file=heard)
     print(
         f"  {verdict} at a false-alarm rate of {args.false_alarms:g}: score {row['score']:.2f}, "
         f"p = {row['p_value']:.3f} ({known} healthy validation scans)"
@@ -560,7 +560,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--scan is for one process; run it without torchrun")
     keep_freed_memory()
     silent = args.quiet or args.json or not distributed.is_first()
-    with distributed.join(device) as device, contextlib.redirect_stdout(None if silent else sys.stdout):
+    with distributed.join(device) as device, silence(silent):
         if args.scan:
             code, content = examine_files(args, device)
         else:

@@ -34,7 +34,7 @@ from preprocessing.cohort import label_scans, refuse_mixture, split_subjects
 from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.layouts import LAYOUTS
 from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
-from preprocessing.settings import list_flags, parse_flags, read_axes
+from preprocessing.settings import list_flags, parse_flags, read_axes, silence
 from preprocessing.slices import clear_leftovers, hold_folder, list_scans
 from preprocessing.worker import FORMAT, preprocess_scan
 
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.volume is not None and args.volume < 0:
         parser.error("--volume counts from 0")
     try:
-        with contextlib.redirect_stdout(None if args.quiet or args.json else sys.stdout):
+        with silence(args.quiet or args.json):
             code = preprocess(args)
     except TerminatedWorkerError as error:
         raise DataError("a worker was killed, probably for want of memory; start again with fewer --workers") from error

@@ -8,7 +8,10 @@ first, so that a record can be given back as it is, whatever else it tells.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -31,6 +34,18 @@ def list_flags(args: argparse.Namespace) -> dict:
     """The flags that made something, as plain values by name: what a record keeps under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {name: _plain(value) for name, value in flags.items()}
+
+
+@contextlib.contextmanager
+def silence(silent: bool) -> Iterator[None]:
+    """Nothing on standard output, where silent; errors remain.
+
+    It goes to the system's null device, for None is no file: starting a worker process flushes standard output.
+    """
+    with contextlib.ExitStack() as stack:
+        if silent:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def read_axes(text: str) -> str:

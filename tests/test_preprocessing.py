@@ -12,7 +12,7 @@ from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.scans import DataError, find_scans, name_subject
 from preprocessing.slices import SliceDataset, list_scans, read_scan, write_scan
-from tests.conftest import make_head
+from tests.conftest import SIZE, make_head
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,14 @@ def test_a_subject_in_two_splits_is_refused(raw, tmp_path, processed):
     shutil.move(scan, tmp_path / scan.name)
     with pytest.raises(DataError, match="one split"):
         preprocess(["--raw", str(tmp_path / "raw"), "--processed", str(processed)])
+
+
+def test_quiet_says_nothing_with_several_workers(raw, processed, tmp_path, capfd):
+    command = ["--raw", str(raw), "--processed", str(tmp_path / "quiet"), "--size", str(SIZE)]
+    assert preprocess([*command, "--workers", "2", "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    for file in processed.rglob("*.npy"):
+        assert (tmp_path / "quiet" / file.relative_to(processed)).read_bytes() == file.read_bytes()
 
 
 def test_two_scans_of_one_name_are_refused(tmp_path):

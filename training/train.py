@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 
 if not __package__:
@@ -29,7 +29,7 @@ from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
 from models.memory import keep_freed_memory
 from preprocessing.scans import DataError, refuse_leaks
-from preprocessing.settings import list_flags, parse_flags
+from preprocessing.settings import list_flags, parse_flags, silence
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from training.trainer import Trainer, choose_precision
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         "compile": args.compile, "deterministic": args.deterministic,
     }  # fmt: skip
     keep_freed_memory()
-    with distributed.join(device) as device, redirect_stdout(None if args.quiet else sys.stdout):
+    with distributed.join(device) as device, silence(args.quiet):
         if args.batch_size < distributed.count():
             raise DataError(f"--batch-size {args.batch_size} is less than a slice for each process; raise it")
         torch.backends.cudnn.benchmark = not args.deterministic
