@@ -278,13 +278,20 @@ class Elsewhere:
         return lambda: self.pool.submit(function, *arguments).result()
 
 
-_kept = {}  # in that other process, what its works go on with
+_kept = {}  # in such a process, what its works go on with
 
 
 def train_plainly(steps: int, *arguments) -> None:
     if arguments not in _kept:
         _kept[arguments] = PlainTraining(arguments[0], list(list_scans(arguments[1])), arguments[2])
     _kept[arguments].run(steps)
+
+
+def train_ours(steps: int, name: str, precision: str, folder: Path, batch_size: int, in_memory: bool) -> None:
+    if not _kept:
+        keep_freed_memory()
+        _kept["ours"] = OurTraining(name, precision, list(list_scans(folder)), batch_size, in_memory)
+    _kept["ours"].run(steps)
 
 
 def alternate(rounds: int, **works: Callable) -> dict[str, float]:
@@ -352,10 +359,12 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
             if name == "dae":
                 what, key = f"… against a usual small U-Net, {kind}", f"train_dae_against_unet_{kind}"
                 show(what, key, seconds["unet"], seconds[kind], count)
-    last = ours[precision]
-    streamed = OurTraining(args.models[-1], precision, scans, args.batch_size, in_memory=False)
-    seconds = alternate(args.rounds, memory=lambda: last.run(args.steps), disk=lambda: streamed.run(args.steps))
-    show(f"… {TITLES[args.models[-1]]} from disk, against in memory", "from_disk", *seconds.values(), count)
+    memory, disk = (  # in processes of their own: the reading threads of one would slow the other too
+        Elsewhere()(train_ours, args.steps, "dae", precision, folder, args.batch_size, in_memory)
+        for in_memory in (True, False)
+    )
+    seconds = alternate(args.rounds, memory=memory, disk=disk)
+    show("training, dae, from disk, against in memory", "from_disk", *seconds.values(), count)
 
     ours = build_model({"model": "dae", "size": args.size}).eval().to(device, memory_format=torch.channels_last)
     stack = scans[0].read_stack()
@@ -414,7 +423,10 @@ def clone_scans(folder: Path, count: int) -> tuple[list[str], list[str]]:
     text = (done / "scan.json").read_text()
     for number in range(1, count):
         name = f"sub-{number:06d}"
-        os.link(first, raw / f"{name}_T1w.nii")
+        if number % 50_000:  # a file can have 65,000 names on ext4
+            os.link(first, raw / f"{name}_T1w.nii")
+        else:
+            first = Path(shutil.copy(first, raw / f"{name}_T1w.nii"))
         shutil.copytree(done, done.with_name(f"{name}_T1w"))
         done.with_name(f"{name}_T1w").joinpath("scan.json").write_text(text.replace("sub-000000", name))
     training = [

@@ -125,6 +125,7 @@ def _weigh(count: int, sigma: float) -> torch.Tensor:
     """(count, count) float32 Gaussian weights of all places for each place; each row sums to 1."""
     places = torch.arange(count, dtype=torch.float64)
     weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
+    weights[weights < 1e-9] = 0  # smaller ones change nothing, and denormal numbers make products ten times slower
     return (weights / weights.sum(1, keepdim=True)).float()
 
 

@@ -227,16 +227,8 @@ class SliceDataset(Dataset):
     def __getitem__(self, index) -> torch.Tensor:
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
-        indices = np.atleast_1d(index)
-        scans = np.searchsorted(self.ends, indices, side="right")
-        starts = np.concatenate([[0], self.ends])[scans]
-        windows = np.clip(indices[:, None] + self.neighbours[scans], starts[:, None], self.ends[scans, None] - 1)
-        if self.slices is None:
-            read = np.stack([self._read(i) for i in windows.ravel()], dtype=np.float16, casting="same_kind")
-            slices = self._send(torch.from_numpy(read)).unflatten(0, windows.shape)
-        else:
-            slices = self.slices[self._send(torch.from_numpy(windows))]
-        return slices.float() if np.ndim(index) else slices[0].float()
+        slices = self._gather(np.atleast_1d(index)).float()
+        return slices if np.ndim(index) else slices[0]
 
     def in_order(self, batches: Iterable, readers: int = 4) -> Iterator[torch.Tensor]:
         """The batches with these indices one after the other; from disk, `readers` threads are that many ahead."""
@@ -246,11 +238,25 @@ class SliceDataset(Dataset):
         with ThreadPoolExecutor(readers) as pool:
             waiting = deque()
             for indices in batches:
-                waiting.append(pool.submit(self.__getitem__, indices))
+                waiting.append(pool.submit(self._gather, np.asarray(indices)))
                 if len(waiting) > readers:
-                    yield waiting.popleft().result()
+                    yield waiting.popleft().result().float()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft().result().float()
+
+    def _gather(self, indices: np.ndarray) -> torch.Tensor:
+        """(B, C, size, size) float16 of these slices with their neighbours, on the device.
+
+        It makes no arithmetic in torch: in a reader's thread that would start threads of OpenMP there too, and with more
+        of them than cores all wait for each other in a slower way, for the rest of the training.
+        """
+        scans = np.searchsorted(self.ends, indices, side="right")
+        starts = np.concatenate([[0], self.ends])[scans]
+        windows = np.clip(indices[:, None] + self.neighbours[scans], starts[:, None], self.ends[scans, None] - 1)
+        if self.slices is not None:
+            return self.slices[self._send(torch.from_numpy(windows))]
+        read = np.stack([self._read(i) for i in windows.ravel()], dtype=np.float16, casting="same_kind")
+        return self._send(torch.from_numpy(read)).unflatten(0, windows.shape)
 
     def _read(self, index: int) -> np.ndarray:
         number = int(np.searchsorted(self.ends, index, side="right"))

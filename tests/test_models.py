@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from models.anomaly import (
     _smooth,
+    _weigh,
     calibrate,
     count_needed,
     find_regions,
@@ -224,6 +225,11 @@ def test_smoothing_is_the_gaussian_of_scipy():
     inner = np.s_[8:-8, 12:-12, 12:-12]
     np.testing.assert_allclose(smoothed[inner], expected[inner], atol=1e-3)
     np.testing.assert_allclose(_smooth(torch.ones(values.shape), 9.0, (2.0, 1.5)), 1, atol=1e-5)
+
+
+def test_no_weight_of_the_gaussian_is_denormal():
+    weights = _weigh(128, 1.3)
+    assert not ((weights > 0) & (weights < torch.finfo(torch.float32).tiny)).any()
 
 
 def test_the_map_is_that_of_plain_scipy():

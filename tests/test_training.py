@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,6 +82,15 @@ def test_what_is_read_ahead_is_bounded(processed):
         assert torch.equal(next(batches)[0], dataset[i])
         assert len(asked) - i <= 4
     batches.close()
+
+
+def test_reading_ahead_starts_no_threads_of_arithmetic(processed):
+    dataset = SliceDataset(list(list_scans(processed / "train")), in_memory=False)
+    torch.ones(10**6).add(1)  # now the threads of this one are there
+    before = psutil.Process().num_threads()
+    places = np.arange(64) % len(dataset)
+    for _ in dataset.in_order([places] * 8, readers=2):
+        assert psutil.Process().num_threads() <= before + 2
 
 
 def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
