@@ -190,6 +190,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
         raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
     examiner = Examiner(args.run / "model.pt", device, args.batch_size)
     check_same_settings(scans, examiner.slices)
+    examiner.refuse_seen(scans)
     kinds = read_kinds(args.lesions) if args.lesions else {}
     with hold_folder(out, "--out") if distributed.is_first() else contextlib.nullcontext():
         return fill_folder(out, examiner, scans, kinds, args)

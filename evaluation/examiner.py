@@ -79,6 +79,7 @@ class Examiner:
     """One trained model with its calibration.
 
     slices       the settings that its training slices were made with
+    seen         the hashes of the scans that it was trained on or calibrated with
     calibration  what healthy validation scans show (models/anomaly.py)
     threshold    the calibrated anomaly of a voxel, in times the usual residual
     """
@@ -88,11 +89,12 @@ class Examiner:
         self.model.to(memory_format=torch.channels_last)
         self.slices = content["slices"]
         self.calibration = content["calibration"]
-        if "by_look" not in self.calibration:
+        if "seen" not in content:
             raise CheckpointError(
                 f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
                 "calibrates where last.pt is whole"
             )
+        self.seen = set(content["seen"])
         self.threshold = float(self.calibration["threshold"])
         self.precision = torch.bfloat16 if content["precision"] == "bf16" else torch.float32
         self.device, self.batch_size = device, batch_size
@@ -132,6 +134,16 @@ class Examiner:
         p_value = float(give_p_values(scores["score"], self.calibration["scan_scores"].numpy()))
         row = who | {"lesion_known": scan.lesion is not None, "p_value": p_value, "flagged": p_value <= false_alarms}
         return rows, row | scores
+
+    def refuse_seen(self, scans: list[ScanSlices]) -> None:
+        """DataError where one of the scans was trained on or calibrated with: it looks more usual than a new one."""
+        known = [scan for scan in scans if scan.source_hash in self.seen]
+        if known:
+            others = f", and on {len(known) - 1} others of these" if known[1:] else ""
+            raise DataError(
+                f"{known[0].folder}: the model was trained or calibrated on this scan{others}; test it on scans that "
+                "it has not seen"
+            )
 
     def cut(self, path: Path, brain_mask: Path | None, axes: str | None, index: int | None) -> tuple[OpenScan, list]:
         """(the scan in this file, cut as the model's training slices were; what about it is unlike them, in words).

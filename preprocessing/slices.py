@@ -60,6 +60,12 @@ class ScanSlices:
         """All of scan.json, read anew each time: 100,000 of them would fill the memory."""
         return _read_record(self.folder)
 
+    @property
+    def source_hash(self) -> str:
+        """What tells the scan's own file from all others, whatever it is called: half of its SHA-256."""
+        record = self.record
+        return record["sources"][Path(record["source"]).name][:32]
+
     def read_stack(self) -> np.ndarray:
         """(n, size, size) float16 in [0, 1]."""
         return np.stack([read_slice(self.folder / name_slice(i), self.size) for i in self.indices])
@@ -247,8 +253,8 @@ class SliceDataset(Dataset):
     def _gather(self, indices: np.ndarray) -> torch.Tensor:
         """(B, C, size, size) float16 of these slices with their neighbours, on the device.
 
-        It makes no arithmetic in torch: in a reader's thread that would start threads of OpenMP there too, and with more
-        of them than cores all wait for each other in a slower way, for the rest of the training.
+        It makes no arithmetic in torch: in a reader's thread that would start threads of OpenMP there too, and with
+        more of them than cores all wait for each other in a slower way, for the rest of the training.
         """
         scans = np.searchsorted(self.ends, indices, side="right")
         starts = np.concatenate([[0], self.ends])[scans]

@@ -209,6 +209,15 @@ def test_user_errors_are_one_line(run, processed, tmp_path):
         evaluate(["--run", str(run), "--data", str(tmp_path / "small")])
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_scans_that_the_model_has_seen_are_refused_under_any_name(split, run, processed, tmp_path):
+    shutil.copytree(processed / "test/normal", tmp_path / "normal")
+    shutil.copytree(next((processed / split / "normal").iterdir()), tmp_path / "normal/sub-999_T1w")
+    with pytest.raises(DataError, match=r"sub-999_T1w: the model was trained or calibrated on this scan; test it on"):
+        evaluate(["--run", str(run), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_lesions_by_hand():
     lesion = np.zeros((6, 20, 20), dtype=bool)
     lesion[1:3, 2:7, 2:7] = True  # 50 pixels, half of them flagged below

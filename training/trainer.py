@@ -324,6 +324,7 @@ class Trainer:
             "weights": self.best["weights"],
             "calibration": calibrate(compared),
             "slices": check_same_settings(scans),
+            "seen": sorted(scan.source_hash for scan in [*self.train.scans, *scans]),
             "precision": self.config["precision"],
             "step": self.best["step"],
             "val_loss": self.best["val_loss"],
