@@ -34,6 +34,7 @@ from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, l
 from training.trainer import Trainer, choose_precision
 
 PROJECT = Path(__file__).resolve().parents[1]
+DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # measured in EXPERIMENTS.md
 
 
 def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[list[ScanSlices], list[ScanSlices]]:
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, default=50000, help="optimiser steps; the learning rate's schedule follows"
+        "--steps", type=int, help="optimiser steps; left out: 50000 for dae, 3000 for cae; the learning rate follows"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
@@ -202,10 +203,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
-    network = {"model": args.model, "width": args.width or {"dae": 64, "cae": 32}[args.model]}
+    width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
+    network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     config = {
-        "data": str(args.data), "network": network, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
+        "data": str(args.data), "network": network, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
         "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type, "precision": args.precision,
         "compile": args.compile, "deterministic": args.deterministic,
     }  # fmt: skip
