@@ -383,7 +383,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     steps = [row["step"] for row in rows]
     axis.plot(steps, [row["train_loss"] for row in rows], label="training", marker=".")
     axis.plot(steps, [row["val_loss"] for row in rows], label="validation", marker=".")
-    axis.set(xlabel="optimiser step", ylabel="loss (MSE in the brain)", yscale="log")
+    axis.set(xlabel="optimiser step", ylabel="loss (weighted MSE in the brain)", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
     write_figure(path, figure)
