@@ -18,7 +18,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
@@ -36,9 +35,7 @@ from training.corruption import corrupt, vary_appearance
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
 LOOK_EVERY = 20  # steps between two looks at the losses: each makes a GPU wait
 SAVE_EVERY_S = 60.0  # between two saves within an epoch
-LARGEST_GRADIENT = 1.0  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
-CELL = 4  # pixels along each side of what the loss takes the mean error of, about as wide as the map's smoothing
-COARSE = 15  # weight of the squared mean error of a cell, against 1 of its pixels'
+LARGEST_GRADIENT = 0.1  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
 SPOILED_TOGETHER = 16  # slices; a process corrupts whole groups of a batch, so its draws are those of one alone
 
 
@@ -97,18 +94,19 @@ def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the squared errors in the brain, fine and coarse, how many pixels it has). Arguments (B, 1, H, W).
+def sum_squares(
+    reconstruction: torch.Tensor, target: torch.Tensor, source: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted sum of the squared errors over the brain's pixels, how many these are). All arguments (B, 1, H, W).
 
-    The loss is the one divided by the other: (MSE of the pixels + COARSE * MSE of the means over cells of CELL x CELL
-    pixels) / (1 + COARSE), so that an error that is the same everywhere counts as its square. The anomaly map looks at
-    the smoothed residual. There the texture that no network can foresee cancels, and what is left of a faint lesion
-    does not; by its pixels alone the loss would be mostly texture.
+    The loss is the one divided by the other: the mean squared error in the brain, where a pixel that the corruption
+    changed by d, from `target` to `source`, weighs 0.5 / (d + 0.05), and an unchanged one 1. Without the weights a
+    bright blob teaches a hundred times what one does that is hardly seen, and such faint changes stay unrepaired.
     """
     brain = (target > 0).float()
-    error = (reconstruction - target) * brain
-    fine, coarse = error.square().sum(), CELL**2 * F.avg_pool2d(error, CELL).square().sum()
-    return (fine + COARSE * coarse) / (1 + COARSE), brain.sum().clamp(min=1)
+    change = (source - target).abs()
+    weight = torch.where(change > 0.01, 0.5 / (change + 0.05), 1) * brain
+    return ((reconstruction - target) ** 2 * weight).sum(), brain.sum().clamp(min=1)
 
 
 def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +187,7 @@ class Trainer:
         source, target = self.spoil(clean)
         for group in self.optimiser.param_groups:
             group["lr"] = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
-        squares, pixels = sum_squares(self.forward(self.network, source), target)
+        squares, pixels = sum_squares(self.forward(self.network, source), target, take_middle(source))
         loss = squares / distributed.add(pixels)  # this process's part of it
         self.optimiser.zero_grad()
         (loss * distributed.count()).backward()  # of which the mean over the processes is taken
@@ -211,7 +209,7 @@ class Trainer:
         batches = self.validation.in_order(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
             source = corrupt(clean, seed_generator(self.device, 0, start)) if self.model.corrupted else clean
-            squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
+            squares, pixels = sum_squares(self.forward(self.model, source), *map(take_middle, (clean, source)))
             total += squares / pixels * len(clean)
         self.model.train()
         return distributed.add(total).item() / count
@@ -385,7 +383,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     steps = [row["step"] for row in rows]
     axis.plot(steps, [row["train_loss"] for row in rows], label="training", marker=".")
     axis.plot(steps, [row["val_loss"] for row in rows], label="validation", marker=".")
-    axis.set(xlabel="optimiser step", ylabel="loss (squared error in the brain, fine and coarse)", yscale="log")
+    axis.set(xlabel="optimiser step", ylabel="loss (weighted MSE in the brain)", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
     write_figure(path, figure)
