@@ -150,7 +150,7 @@ class OurTraining(Trainer):
             return result
 
         def forward(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            squares, pixels = sum_squares(self.forward(self.network, source), target, take_middle(source))
+            squares, pixels = sum_squares(self.forward(self.network, source), target)
             return squares / pixels
 
         for _ in range(steps):
@@ -169,7 +169,7 @@ class OurTraining(Trainer):
         """Of a whole step, 2 for a multiplication and addition."""
         source, target = self.spoil(next(self.batches))
         with FlopCounterMode(display=False) as counter:
-            squares, pixels = sum_squares(self.forward(self.network, source), target, take_middle(source))
+            squares, pixels = sum_squares(self.forward(self.network, source), target)
             (squares / pixels).backward()
         return counter.get_total_flops()
 

@@ -94,19 +94,13 @@ def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def sum_squares(
-    reconstruction: torch.Tensor, target: torch.Tensor, source: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted sum of the squared errors over the brain's pixels, how many these are). All arguments (B, 1, H, W).
+def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the squared errors over the brain's pixels, how many these are). Both arguments (B, 1, H, W).
 
-    The loss is the one divided by the other: the mean squared error in the brain, where a pixel that the corruption
-    changed by d, from `target` to `source`, weighs 0.5 / (d + 0.05), and an unchanged one 1. Without the weights a
-    bright blob teaches a hundred times what one does that is hardly seen, and such faint changes stay unrepaired.
+    The loss is the one divided by the other: the mean squared error in the brain.
     """
     brain = (target > 0).float()
-    change = (source - target).abs()
-    weight = torch.where(change > 0.01, 0.5 / (change + 0.05), 1) * brain
-    return ((reconstruction - target) ** 2 * weight).sum(), brain.sum().clamp(min=1)
+    return ((reconstruction - target) ** 2 * brain).sum(), brain.sum().clamp(min=1)
 
 
 def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +181,7 @@ class Trainer:
         source, target = self.spoil(clean)
         for group in self.optimiser.param_groups:
             group["lr"] = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
-        squares, pixels = sum_squares(self.forward(self.network, source), target, take_middle(source))
+        squares, pixels = sum_squares(self.forward(self.network, source), target)
         loss = squares / distributed.add(pixels)  # this process's part of it
         self.optimiser.zero_grad()
         (loss * distributed.count()).backward()  # of which the mean over the processes is taken
@@ -209,7 +203,7 @@ class Trainer:
         batches = self.validation.in_order(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
             source = corrupt(clean, seed_generator(self.device, 0, start)) if self.model.corrupted else clean
-            squares, pixels = sum_squares(self.forward(self.model, source), *map(take_middle, (clean, source)))
+            squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
             total += squares / pixels * len(clean)
         self.model.train()
         return distributed.add(total).item() / count
@@ -383,7 +377,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     steps = [row["step"] for row in rows]
     axis.plot(steps, [row["train_loss"] for row in rows], label="training", marker=".")
     axis.plot(steps, [row["val_loss"] for row in rows], label="validation", marker=".")
-    axis.set(xlabel="optimiser step", ylabel="loss (weighted MSE in the brain)", yscale="log")
+    axis.set(xlabel="optimiser step", ylabel="loss (MSE in the brain)", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
     write_figure(path, figure)
