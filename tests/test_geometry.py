@@ -1,30 +1,22 @@
 """A volume is cut into its slices, value by value and place by place, and a map over them goes back."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
-from preprocessing.scans import DataError
-from preprocessing.volume import (
-    Volume,
-    cut_mask,
-    cut_stack,
-    find_brain,
-    keep_middle,
-    read_mask,
-    read_volume,
-    resampling_weights,
-    restore_to_grid,
-    scale_intensity,
-)
+from common.cli import DataError
+from preprocessing.geometry import Geometry, cut_stack, keep_middle, resampling_weights, scale_intensity
+from preprocessing.volume import Volume, find_brain, read_mask, read_volume
 from tests.conftest import ALL_AXES, make_head, store
 
 RNG = np.random.default_rng(0)
 
 
 def cut(values, brain, spacing_mm=(2.0, 2.0, 2.0), keep=1.0, size=16, pixel_mm=2.0, **options):
-    """(stack, geometry) of a volume in memory; slices are counted within the brain, or `skull_off` says not."""
+    """(stack, geometry, scale) of a volume in memory; slices are counted within the brain, or `skull_off` says not."""
     values = np.asarray(values, np.float32)
     volume = Volume(values, np.diag([*spacing_mm, 1.0]), "RAS", values.shape, spacing_mm, options.get("missing"))
     return cut_stack(volume, brain, options.get("skull_off", True), keep, size, size * pixel_mm)
@@ -33,26 +25,6 @@ def cut(values, brain, spacing_mm=(2.0, 2.0, 2.0), keep=1.0, size=16, pixel_mm=2
 def cut_file(path, keep=0.7, size=32):
     volume = read_volume(path)
     return cut_stack(volume, *find_brain(volume), keep, size, 200.0)
-
-
-def cut_lesion(mask, geometry):
-    return cut_mask(mask, geometry)
-
-
-def restore(anomaly_map, geometry):
-    return restore_to_grid(anomaly_map, geometry)
-
-
-def find_scale(values):
-    return scale_intensity(values)
-
-
-def get_indices(geometry):
-    return geometry["slices"]
-
-
-def get_scale(geometry):
-    return geometry["scale"]
 
 
 def make_brain(shape, start, stop):
@@ -70,7 +42,7 @@ def scale(values, low, high, exponent):
 
 def test_the_percentiles_become_0_and_1_and_the_median_062():
     values = RNG.gamma(3, 50, 5000)
-    low, high, exponent = find_scale(values)
+    low, high, exponent = scale_intensity(values)
     assert (low, high) == pytest.approx(tuple(np.percentile(values, (0.5, 99.5))))
     assert np.median(scale(values, low, high, exponent)) == pytest.approx(0.62, abs=1e-3)
 
@@ -80,12 +52,12 @@ def test_the_percentiles_become_0_and_1_and_the_median_062():
 )
 def test_the_median_is_moved_no_further_than_from_02_or_095(median, share):
     values = np.concatenate([np.zeros(100), np.full(800, median), np.ones(100)])
-    assert find_scale(values) == pytest.approx((0, 1, np.log(0.62) / np.log(share)))
+    assert scale_intensity(values) == pytest.approx((0, 1, np.log(0.62) / np.log(share)))
 
 
 def test_a_constant_brain_is_refused():
     with pytest.raises(DataError, match="constant inside the brain"):
-        find_scale(np.full(100, 7.0))
+        scale_intensity(np.full(100, 7.0))
 
 
 # Cutting, where voxels and pixels are the same: every value by hand.
@@ -101,10 +73,10 @@ def test_each_pixel_is_its_voxel_scaled():
     low, high = np.percentile(values[BRAIN], (0.5, 99.5))
     median = np.clip((np.median(values[BRAIN]) - low) / (high - low), 0.2, 0.95)
     wanted = np.maximum(scale(values, low, high, np.log(0.62) / np.log(median)), 1e-3)  # brain is never 0
-    stack, geometry = cut(values, BRAIN)
+    stack, geometry, _ = cut(values, BRAIN)
     assert stack.dtype == np.float16
     assert stack.shape == (8, 16, 16)
-    assert list(get_indices(geometry)) == list(range(1, 9)), "from inferior to superior"
+    assert list(geometry.slices) == list(range(1, 9)), "from inferior to superior"
     inside = np.zeros(stack.shape, bool)
     inside[:, 4:12, 3:13] = True  # first axis posterior to anterior, second left to right
     assert (stack[~inside] == 0).all()
@@ -119,9 +91,9 @@ def test_percentiles_are_taken_of_every_second_voxel_at_1_mm():
     values = RNG.gamma(3, 50, (24, 24, 24))
     brain = make_brain(values.shape, (1, 2, 3), (23, 22, 21))
     for spacing_mm, step in (((1.0, 1.0, 1.0), (2, 2, 2)), ((1.0, 2.0, 0.5), (2, 1, 4)), ((4.0, 3.0, 2.0), (1, 1, 1))):
-        _, geometry = cut(values, brain, spacing_mm)
+        _, _, intensity = cut(values, brain, spacing_mm)
         seen = values[1:23, 2:22, 3:21][tuple(slice(None, None, n) for n in step)]
-        assert get_scale(geometry)[:2] == pytest.approx(np.percentile(seen, (0.5, 99.5)), rel=1e-5)
+        assert intensity[:2] == pytest.approx(np.percentile(seen, (0.5, 99.5)), rel=1e-5)
 
 
 def test_only_the_brain_decides_the_scale_even_where_its_box_holds_more():
@@ -129,16 +101,16 @@ def test_only_the_brain_decides_the_scale_even_where_its_box_holds_more():
     brain = BRAIN.copy()
     brain[2:4, 3:5] = False
     brain[2, 3, 1] = True  # the box is the same
-    _, geometry = cut(values, brain)
-    assert get_scale(geometry)[:2] == pytest.approx(np.percentile(values[brain], (0.5, 99.5)), rel=1e-5)
+    _, _, intensity = cut(values, brain)
+    assert intensity[:2] == pytest.approx(np.percentile(values[brain], (0.5, 99.5)), rel=1e-5)
 
 
 def test_slices_lie_centred_on_the_brain_of_the_kept_slices():
     brain = BRAIN.copy()
     brain[0:12, 0:11, 1] = True  # a slice that is not kept
     values = RNG.gamma(3, 50, SHAPE)
-    stack, geometry = cut(values, brain, keep=0.75)
-    assert list(get_indices(geometry)) == [2, 3, 4, 5, 6, 7]
+    stack, geometry, _ = cut(values, brain, keep=0.75)
+    assert list(geometry.slices) == [2, 3, 4, 5, 6, 7]
     rows, columns = (np.flatnonzero((stack[0] > 0).any(axis=axis)) for axis in (1, 0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 11, 3, 12)
 
@@ -149,16 +121,16 @@ def test_a_slice_counts_from_1_cm2_of_brain_on():
     for z, voxels in ((1, 24), (2, 25), (3, 40), (5, 40), (7, 25), (8, 24)):
         brain[2:12, 3:11, z].flat[:voxels] = True
     values = RNG.gamma(3, 50, SHAPE)
-    assert list(get_indices(cut(values, brain)[1])) == [2, 3, 4, 5, 6, 7]
-    assert list(get_indices(cut(values, brain, (2.0, 2.0, 5.0))[1])) == [2, 3, 4, 5, 6, 7], "mm2 within the slice"
-    assert list(get_indices(cut(values, brain, (1.99, 2.0, 2.0))[1])) == [3, 4, 5]
-    assert list(get_indices(cut(values, brain, (2.0, 1.99, 2.0))[1])) == [3, 4, 5]
+    assert list(cut(values, brain)[1].slices) == [2, 3, 4, 5, 6, 7]
+    assert list(cut(values, brain, (2.0, 2.0, 5.0))[1].slices) == [2, 3, 4, 5, 6, 7], "mm2 within the slice"
+    assert list(cut(values, brain, (1.99, 2.0, 2.0))[1].slices) == [3, 4, 5]
+    assert list(cut(values, brain, (2.0, 1.99, 2.0))[1].slices) == [3, 4, 5]
 
 
 def test_in_a_head_all_slices_count():
     values = RNG.gamma(3, 50, SHAPE)
-    assert list(get_indices(cut(values, BRAIN, keep=0.7, skull_off=False)[1])) == [1, 2, 3, 4, 5, 6, 7]
-    assert list(get_indices(cut(values, BRAIN, keep=0.7, skull_off=True)[1])) == [2, 3, 4, 5, 6, 7]
+    assert list(cut(values, BRAIN, keep=0.7, skull_off=False)[1].slices) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(cut(values, BRAIN, keep=0.7, skull_off=True)[1].slices) == [2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -194,23 +166,25 @@ def test_what_cannot_be_cut_is_refused():
 
 
 def test_weights_are_a_tent_about_each_output():
-    weights = resampling_weights(5, 1.0, 2.0, 1, 1.0, 0.0, 2.0)
+    weights = resampling_weights((5, 1.0, 2.0), (1, 1.0, 0.0), 2.0)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights, [[0, 0.25, 0.5, 0.25, 0]])
-    np.testing.assert_allclose(resampling_weights(4, 2.0, 1.5, 1, 1.0, 0.25, 2.0), [[0, 5 / 8, 3 / 8, 0]], atol=1e-6)
-    np.testing.assert_allclose(resampling_weights(6, 1.5, 2.5, 6, 1.5, 2.5, 1.5), np.eye(6), atol=1e-6)
+    np.testing.assert_allclose(
+        resampling_weights((4, 2.0, 1.5), (1, 1.0, 0.25), 2.0), [[0, 5 / 8, 3 / 8, 0]], atol=1e-6
+    )
+    np.testing.assert_allclose(resampling_weights((6, 1.5, 2.5), (6, 1.5, 2.5), 1.5), np.eye(6), atol=1e-6)
 
 
 def test_weights_sum_to_1_and_to_0_outside():
     """Two voxels of 2 mm reach from the first one's centre less 1 mm to the last one's and 1 mm."""
     for centre, row in ((-0.5, [1, 0]), (-0.51, [0, 0]), (1.5, [0, 1]), (1.51, [0, 0])):
-        np.testing.assert_allclose(resampling_weights(2, 2.0, centre, 1, 1.0, 0.0, 2.0), [row])
-    sums = resampling_weights(50, 1.3, 22.0, 30, 1.9, 15.0, 2.5).sum(axis=1)
+        np.testing.assert_allclose(resampling_weights((2, 2.0, centre), (1, 1.0, 0.0), 2.0), [row])
+    sums = resampling_weights((50, 1.3, 22.0), (30, 1.9, 15.0), 2.5).sum(axis=1)
     np.testing.assert_allclose(sums, 1, atol=1e-6)
 
 
 def test_weights_keep_a_straight_line_and_its_direction():
-    weights = resampling_weights(50, 2.0, 20.0, 20, 3.0, 9.5, 3.0)
+    weights = resampling_weights((50, 2.0, 20.0), (20, 3.0, 9.5), 3.0)
     places, wanted = (np.arange(50) - 20.0) * 2.0, (np.arange(20) - 9.5) * 3.0
     np.testing.assert_allclose((weights @ places)[1:-1], wanted[1:-1], atol=0.3)
 
@@ -220,8 +194,7 @@ def cut_line(axis, spacing_mm, pixel_mm=2.0, size=16):
     shape = (24, 24, 24)
     line = np.linspace(0, 1, 24) ** 2
     values = np.broadcast_to(line.reshape([-1 if i == axis else 1 for i in range(3)]), shape)
-    stack, geometry = cut(values, np.ones(shape, bool), spacing_mm, size=size, pixel_mm=pixel_mm)
-    low, high, exponent = get_scale(geometry)
+    stack, _, (low, high, exponent) = cut(values, np.ones(shape, bool), spacing_mm, size=size, pixel_mm=pixel_mm)
     middle = size // 2
     cuts = {0: stack[12, middle], 1: stack[12, :, middle], 2: stack[:, middle, middle]}
     return cuts[axis].astype(float), np.clip((line - low) / (high - low), 0, 1), exponent
@@ -265,9 +238,9 @@ def make_rim(rows, columns):
 @pytest.mark.parametrize(("rows", "columns", "is_brain"), RIMS)
 def test_a_pixel_is_brain_where_more_than_half_of_it_is(rows, columns, is_brain):
     brain = make_rim(rows, columns)
-    stack, geometry = cut(np.where(brain, np.arange(12.0), 50), brain, (1.0, 1.0, 2.0), pixel_mm=4.0)
+    stack, _, intensity = cut(np.where(brain, np.arange(12.0), 50), brain, (1.0, 1.0, 2.0), pixel_mm=4.0)
     assert bool(stack[6, 6, 6] > 0) is is_brain
-    levels = np.maximum(scale(np.arange(12.0), *get_scale(geometry)), 1e-3)
+    levels = np.maximum(scale(np.arange(12.0), *intensity), 1e-3)
     for plane, level in zip(stack, levels, strict=True):
         np.testing.assert_allclose(plane[plane > 0], level, atol=1e-3)  # the rim is the mean of brain alone
 
@@ -276,11 +249,11 @@ def test_a_pixel_is_brain_where_more_than_half_of_it_is(rows, columns, is_brain)
 
 
 def test_a_mask_is_cut_as_its_scan_is():
-    _, geometry = cut(RNG.gamma(3, 50, SHAPE), BRAIN)
+    _, geometry, _ = cut(RNG.gamma(3, 50, SHAPE), BRAIN)
     mask = RNG.random(SHAPE) > 0.7
     wanted = np.zeros((8, 16, 16))
     wanted[:, 1:13, 1:15] = mask.transpose(2, 1, 0)[1:9]  # outside the brain too
-    lesion = cut_lesion(mask, geometry)
+    lesion = geometry.cut_mask(mask)
     assert lesion.dtype == np.uint8
     np.testing.assert_array_equal(lesion, wanted)
 
@@ -288,29 +261,29 @@ def test_a_mask_is_cut_as_its_scan_is():
 @pytest.mark.parametrize(("rows", "columns", "is_lesion"), RIMS)
 def test_a_pixel_is_lesion_where_more_than_half_of_it_is(rows, columns, is_lesion):
     brain = make_rim(rows, columns)
-    _, geometry = cut(np.where(brain, np.arange(12.0), 50), brain, (1.0, 1.0, 2.0), pixel_mm=4.0)
-    assert bool(cut_lesion(brain, geometry)[6, 6, 6]) is is_lesion
+    _, geometry, _ = cut(np.where(brain, np.arange(12.0), 50), brain, (1.0, 1.0, 2.0), pixel_mm=4.0)
+    assert bool(geometry.cut_mask(brain)[6, 6, 6]) is is_lesion
 
 
 def test_a_thin_lesion_of_half_a_slice_is_none():
     """At 1 mm a slice is averaged over 2 mm, so a single plane is half of it, and two are three quarters."""
     shape = (14, 12, 20)
-    _, geometry = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (2.0, 2.0, 1.0))
+    _, geometry, _ = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (2.0, 2.0, 1.0))
     mask = np.zeros(shape, bool)
     mask[:, :, 5] = mask[:, :, 9:11] = True
-    assert np.flatnonzero(cut_lesion(mask, geometry).any(axis=(1, 2))).tolist() == [9, 10]
+    assert np.flatnonzero(geometry.cut_mask(mask).any(axis=(1, 2))).tolist() == [9, 10]
 
 
 # There and back.
 
 
 def test_a_map_returns_to_its_voxels():
-    _, geometry = cut(RNG.gamma(3, 50, SHAPE), BRAIN, keep=0.75)
+    _, geometry, _ = cut(RNG.gamma(3, 50, SHAPE), BRAIN, keep=0.75)
     anomaly_map = RNG.random((6, 16, 16)).astype(np.float32)
     anomaly_map[:, :6] = np.nan
     wanted = np.full(SHAPE, np.nan, np.float32)
     wanted[:, :, 2:8] = anomaly_map[:, 1:13, 1:15].transpose(2, 1, 0)
-    back = restore(anomaly_map, geometry)
+    back = geometry.restore(anomaly_map)
     assert back.dtype == np.float32
     np.testing.assert_allclose(back, wanted, rtol=1e-6)  # NaN where NaN is wanted
 
@@ -318,9 +291,9 @@ def test_a_map_returns_to_its_voxels():
 def test_a_map_is_linear_between_its_pixels():
     """Voxels of 1 mm over pixels of 2 mm: one and three quarters of the way."""
     shape = (24, 20, 6)
-    _, geometry = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (1.0, 1.0, 4.0))
+    _, geometry, _ = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (1.0, 1.0, 4.0))
     rows, columns = np.meshgrid(np.arange(16.0), np.arange(16.0), indexing="ij")
-    back = restore(np.broadcast_to(100 * rows + columns, (6, 16, 16)), geometry)
+    back = geometry.restore(np.broadcast_to(100 * rows + columns, (6, 16, 16)))
     places = [7.5 + (np.arange(n) - (n - 1) / 2) / 2 for n in shape[:2]]
     wanted = 100 * places[1][None, :] + places[0][:, None]
     for z in range(6):
@@ -330,10 +303,10 @@ def test_a_map_is_linear_between_its_pixels():
 def test_a_voxel_counts_where_5_percent_of_it_are_scored():
     """Voxels of 1 mm between pixels of 50 mm, of which one is scored: 2 percent more with each voxel."""
     shape = (49, 49, 6)
-    _, geometry = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (1.0, 1.0, 4.0), pixel_mm=50.0)
+    _, geometry, _ = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (1.0, 1.0, 4.0), pixel_mm=50.0)
     anomaly_map = np.full((6, 16, 16), np.nan)
     anomaly_map[:, :, 8] = 3.0
-    scored = restore(anomaly_map, geometry)[:, 24, 2]
+    scored = geometry.restore(anomaly_map)[:, 24, 2]
     np.testing.assert_array_equal(np.isnan(scored), np.arange(49) < 2)  # 2 and 4 percent
     np.testing.assert_allclose(scored[2:], 3.0, rtol=1e-5)
 
@@ -341,12 +314,12 @@ def test_a_voxel_counts_where_5_percent_of_it_are_scored():
 @pytest.mark.parametrize("axes", ALL_AXES)
 def test_every_orientation_gives_the_same_slices_and_takes_the_map_back(axes, tmp_path):
     head = make_head((20, 32, 22), (8.0, 6.0, 8.0))
-    stack, geometry = cut_file(store(head, "RAS", tmp_path / "ras.nii"))
-    other, other_geometry = cut_file(store(head, axes, tmp_path / "other.nii"))
+    stack, geometry, _ = cut_file(store(head, "RAS", tmp_path / "ras.nii"))
+    other, other_geometry, _ = cut_file(store(head, axes, tmp_path / "other.nii"))
     np.testing.assert_array_equal(other, stack)
     anomaly_map = np.where(stack > 0, RNG.random(stack.shape), np.nan)
-    wanted = apply_orientation(restore(anomaly_map, geometry), ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
-    np.testing.assert_array_equal(restore(anomaly_map, other_geometry), wanted)
+    wanted = apply_orientation(geometry.restore(anomaly_map), ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
+    np.testing.assert_array_equal(other_geometry.restore(anomaly_map), wanted)
     assert wanted.shape == nib.load(tmp_path / "other.nii").shape
 
 
@@ -359,8 +332,8 @@ def test_a_planted_cube_comes_back_to_its_place(tmp_path, axes, tilt, spacing):
     corner = [round(n * share) for n, share in zip(shape, (0.6, 0.35, 0.5), strict=True)]
     values[tuple(slice(c, c + round(28 / s)) for c, s in zip(corner, spacing, strict=True))] = 4000
     path = store(nib.Nifti1Image(values, image.affine), axes, tmp_path / "scan.nii", tilt_degrees=tilt)
-    stack, geometry = cut_file(path, size=128)
-    back = restore(np.where(stack > 0, np.abs(stack.astype(np.float32) - 0.3), np.nan), geometry)
+    stack, geometry, _ = cut_file(path, size=128)
+    back = geometry.restore(np.where(stack > 0, np.abs(stack.astype(np.float32) - 0.3), np.nan))
     stored = nib.load(path).get_fdata()
     truth = stored == 4000
     assert truth[np.unravel_index(np.nanargmax(back), back.shape)], "the map peaks outside the cube"
@@ -370,11 +343,11 @@ def test_a_planted_cube_comes_back_to_its_place(tmp_path, axes, tilt, spacing):
 
 def test_every_brain_voxel_of_a_kept_slice_is_scored(tmp_path):
     path = store(make_head(), "RAS", tmp_path / "scan.nii")
-    stack, geometry = cut_file(path, size=64)
-    scored = np.isfinite(restore(np.where(stack > 0, 1.0, np.nan), geometry))
+    stack, geometry, _ = cut_file(path, size=64)
+    scored = np.isfinite(geometry.restore(np.where(stack > 0, 1.0, np.nan)))
     brain = nib.load(path).get_fdata() > 0
     kept = np.zeros_like(brain)
-    kept[:, :, list(get_indices(geometry))] = True
+    kept[:, :, list(geometry.slices)] = True
     assert not (scored & ~kept).any()
     assert (scored & brain).sum() > 0.98 * (brain & kept).sum()
 
@@ -386,8 +359,8 @@ def test_a_lesion_mask_lies_over_its_lesion(tmp_path):
     values = np.where(mask, 2000, image.get_fdata()).astype(np.float32)
     path = store(nib.Nifti1Image(values, image.affine), "ASL", tmp_path / "scan.nii")
     mask_path = store(nib.Nifti1Image(mask, image.affine), "ASL", tmp_path / "mask.nii")
-    stack, geometry = cut_file(path, size=64)
-    lesion = cut_lesion(read_mask(mask_path, read_volume(path)), geometry)
+    stack, geometry, _ = cut_file(path, size=64)
+    lesion = geometry.cut_mask(read_mask(mask_path, read_volume(path)))
     assert lesion.sum() > 50
     assert stack[lesion > 0].astype(float).mean() > stack[(stack > 0) & (lesion == 0)].astype(float).max() - 0.1
 
@@ -400,3 +373,43 @@ def test_voxel_size_hardly_changes_the_slices(tmp_path, spacing, shape):
     both = (a > 0) & (b > 0)
     assert both.sum() > 0.9 * max((a > 0).sum(), (b > 0).sum())
     assert np.abs(a - b)[both].mean() < 0.02
+
+
+def test_a_geometry_is_what_scan_json_says(tmp_path):
+    _, geometry, _ = cut_file(store(make_head(), "PSR", tmp_path / "a.nii", tilt_degrees=7))
+    record = json.loads(json.dumps(geometry.to_record()))
+    assert Geometry.from_record(record | {"subject": "what else stands there"}) == geometry
+    assert list(record) == ["shape", "affine", "axes", "spacing_mm", "centre", "pixel_mm", "size", "slices"]
+    assert record["shape"] == [48, 44, 40]
+    assert record["pixel_mm"] == 200 / 32
+    np.testing.assert_array_equal(record["affine"], nib.load(tmp_path / "a.nii").affine)
+
+
+def test_steps_and_volumes_in_mm():
+    _, geometry, _ = cut(RNG.gamma(3, 50, SHAPE), BRAIN, (2.0, 3.0, 5.0), pixel_mm=4.0)
+    assert geometry.slice_spacing_mm == 5
+    assert geometry.sampling_mm == (5, 4)
+    assert geometry.pixel_ml == pytest.approx(0.08)
+    assert geometry.canonical_shape == SHAPE
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PSR", "LIA", "IPL"])
+def test_pixels_of_the_stack_have_their_place_in_the_scanner(axes, tmp_path):
+    """Three voxels in a stack whose pixels are its voxels: in one place by the file's affine and by the stack's."""
+    values = np.zeros((20, 20, 20), np.float32)
+    values[3:17, 4:18, 2:18] = RNG.uniform(100, 200, (14, 14, 16))
+    values[12:15, 8, 5] = 999
+    image = nib.Nifti1Image(values, np.array([[8.0, 0, 0, -70], [0, 8, 0, 30], [0, 0, 8, -5], [0, 0, 0, 1]]))
+    path = store(image, axes, tmp_path / "a.nii", tilt_degrees=15)
+    volume = read_volume(path)
+    _, geometry, _ = cut_stack(volume, values > 0, True, 0.9, 20, 160.0)
+    stored = nib.load(path)
+    places = [
+        nib.affines.apply_affine(stored.affine, np.argwhere(stored.get_fdata() == 999)),
+        nib.affines.apply_affine(
+            geometry.stack_affine, np.argwhere(geometry.cut_mask(values == 999).transpose(2, 1, 0))
+        ),
+    ]
+    for place in places:
+        place[:] = place[np.lexsort(np.round(place, 2).T)]
+    np.testing.assert_allclose(*places, atol=1e-3)

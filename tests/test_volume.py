@@ -7,7 +7,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from preprocessing.scans import DataError
+from common.cli import DataError
 from preprocessing.volume import Volume, fill_holes, find_brain, read_mask, read_volume
 from tests.conftest import ALL_AXES, make_head, store
 
