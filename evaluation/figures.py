@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from models.artifacts import write_figure
+from common.files import write_figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")

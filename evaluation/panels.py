@@ -15,8 +15,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from scipy import ndimage
 
+from common.files import write_figure
 from evaluation.examiner import Examined
-from models.artifacts import write_figure
 
 ANOMALY_COLOURS = matplotlib.colormaps["inferno"]  # rises in lightness, so it reads in grey and for the colour-blind
 RESIDUAL_COLOURS = matplotlib.colormaps["PuOr_r"].with_extremes(bad="0.5")

@@ -33,7 +33,6 @@ from models.anomaly import give_p_values
 from models.checkpoint import CheckpointError
 from preprocessing.scans import DataError
 from preprocessing.slices import list_scans
-from tests.test_scripts import PROJECT, run_script
 
 
 def test_metrics_against_scikit_learn():
@@ -421,18 +420,3 @@ def test_scans_unlike_the_training_are_said_to_be(name, words, run, processed, t
     else:
         assert any(words in line for line in said), said
         assert lines.index(said[-1]) < verdict
-
-
-def test_two_processes_evaluate_as_one(processed, run, tmp_path):
-    flags = ["--run", str(run), "--data", str(processed / "test"), "--device", "cpu", "--maps"]
-    assert evaluate([*flags, "--out", str(tmp_path / "one")]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--", PROJECT / "evaluation/evaluate.py"]
-    result = run_script(*torchrun, *flags, "--out", tmp_path / "two", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("look at") == 1
-    one, two = ({p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")} for n in ("one", "two"))
-    assert one == two
-    for name in ("scores.csv", "scans.csv", "regions.csv", "lesions.csv", "table.md"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    again = run_script(*torchrun, *flags, "--out", tmp_path / "two", cwd=tmp_path)
-    assert again.stdout.count("holds this evaluation already") == 1
