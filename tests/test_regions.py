@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.anomaly import find_regions
+from evaluation.regions import find_regions
 
 AFFINE = np.array([[0, -2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])  # voxels of 0.012 ml
 
