@@ -1,7 +1,7 @@
-"""The anomaly map and its calibration as models/anomaly.py describes them, in plain NumPy and SciPy.
+"""The anomaly map and its calibration in NumPy and SciPy, as models/anomaly.py and calibration.py describe them.
 
-Slow, and with every number written out: what the fast code must give. The benchmark times against it.
-Stacks are (n, H, W) with the background at 0; `spacing_mm` is (between slices, between pixels).
+Slow, and with every number written out: what the fast code must give. The benchmarks time against it.
+Stacks are (n, H, W) with the background at 0; `sampling_mm` is (between slices, between pixels).
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from models.calibration import Calibration
+
 SMOOTHING_MM, SHADING_MM, SHADING_LIMIT = 2.0, 20.0, 4.0
 LEVELS, TEXTURE_BINS = 16, 12
-Scan = tuple[np.ndarray, np.ndarray, tuple[float, float]]  # stack, reconstruction, spacing_mm
+Scan = tuple[np.ndarray, np.ndarray, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
 
-def smooth(values: np.ndarray, sigma_mm: float, spacing_mm: tuple[float, float]) -> np.ndarray:
+def smooth(values: np.ndarray, sigma_mm: float, sampling_mm: tuple[float, float]) -> np.ndarray:
     """The Gaussian mean around each pixel of what lies inside the stack."""
-    for axis, spacing in enumerate((spacing_mm[0], spacing_mm[1], spacing_mm[1])):
+    for axis, spacing in enumerate((sampling_mm[0], sampling_mm[1], sampling_mm[1])):
         sigma, shape = sigma_mm / spacing, [1, 1, 1]
         shape[axis] = values.shape[axis]
         inside = ndimage.gaussian_filter1d(np.ones(shape[axis]), sigma, mode="constant").reshape(shape)
@@ -30,47 +32,48 @@ def find_median(values: np.ndarray) -> float:
 
 
 def compare_plainly(
-    stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float]
+    stack: np.ndarray, reconstruction: np.ndarray, sampling_mm: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signed residual without shading, and the reconstruction's local mean and standard deviation."""
     brain = stack > 0
     stack, drawn = (np.where(brain, values, 0).astype(np.float32) for values in (stack, reconstruction))
-    share = smooth(brain.astype(np.float32), SMOOTHING_MM, spacing_mm)
+    share = smooth(brain.astype(np.float32), SMOOTHING_MM, sampling_mm)
     within = np.maximum(share, 0.1)
     residual, mean, squares = (
-        smooth(values, SMOOTHING_MM, spacing_mm) / within for values in (stack - drawn, drawn, drawn**2)
+        smooth(values, SMOOTHING_MM, sampling_mm) / within for values in (stack - drawn, drawn, drawn**2)
     )
     limit = SHADING_LIMIT * find_median(np.abs(residual[brain]))
-    shading = smooth(np.clip(residual, -limit, limit) * brain, SHADING_MM, spacing_mm)
-    residual -= shading / (smooth(brain.astype(np.float32), SHADING_MM, spacing_mm) + 0.02)
+    shading = smooth(np.clip(residual, -limit, limit) * brain, SHADING_MM, sampling_mm)
+    residual -= shading / (smooth(brain.astype(np.float32), SHADING_MM, sampling_mm) + 0.02)
     residual *= brain * np.clip(2 * share - 1, 0, 1)
     return residual, mean, np.sqrt(np.maximum(squares - mean**2, 0))
 
 
 def map_plainly(
-    stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
+    stack: np.ndarray, reconstruction: np.ndarray, sampling_mm: tuple[float, float], calibration: Calibration
 ) -> np.ndarray:
     """The anomaly map, NaN outside the brain."""
-    expected, limits, by_texture = (np.asarray(calibration[name]) for name in ("expected", "looks", "by_look"))
-    compared = compare_plainly(stack, reconstruction, spacing_mm)
-    return smooth_plainly(divide_plainly(compared, stack > 0, expected, limits, by_texture), spacing_mm)
+    names = ("expected_residual", "texture_edges", "texture_factor")
+    expected, edges, factor = (getattr(calibration, name).numpy() for name in names)
+    compared = compare_plainly(stack, reconstruction, sampling_mm)
+    return smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), sampling_mm)
 
 
-def divide_plainly(compared: tuple, brain: np.ndarray, expected, limits, by_texture) -> np.ndarray:
+def divide_plainly(compared: tuple, brain: np.ndarray, expected, edges, factor) -> np.ndarray:
     """|residual| in times what healthy scans show there and with that texture, in units of its median."""
     residual, mean, deviation = compared
     expected = ndimage.zoom(expected, (1, len(residual) / LEVELS, 1, 1), order=1)
     negative = residual <= 0
-    texture = by_texture[negative.astype(int), np.searchsorted(limits[0], mean), np.searchsorted(limits[1], deviation)]
-    divided = np.where(brain, np.abs(residual) / (np.where(negative, expected[1], expected[0]) * texture), np.nan)
+    factors = factor[negative.astype(int), np.searchsorted(edges[0], mean), np.searchsorted(edges[1], deviation)]
+    divided = np.where(brain, np.abs(residual) / (np.where(negative, expected[1], expected[0]) * factors), np.nan)
     return divided / find_median(divided[brain])
 
 
-def smooth_plainly(divided: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
+def smooth_plainly(divided: np.ndarray, sampling_mm: tuple[float, float]) -> np.ndarray:
     """The map smoothed within the brain, in units of its median."""
     brain = np.isfinite(divided)
-    share = smooth(brain.astype(np.float32), SMOOTHING_MM, spacing_mm)
-    mapped = smooth(np.nan_to_num(divided), SMOOTHING_MM, spacing_mm) / np.maximum(share, 1e-6)
+    share = smooth(brain.astype(np.float32), SMOOTHING_MM, sampling_mm)
+    mapped = smooth(np.nan_to_num(divided), SMOOTHING_MM, sampling_mm) / np.maximum(share, 1e-6)
     return np.where(brain, mapped / find_median(mapped[brain]), np.nan)
 
 
@@ -80,25 +83,25 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
     brains = [stack > 0 for stack, _, _ in scans]
     others = [[j for j in range(len(scans)) if j != i] for i in range(len(scans))]
     shares = np.arange(1, TEXTURE_BINS) / TEXTURE_BINS
-    limits = np.mean(
+    edges = np.mean(
         [[np.quantile(part[brains[i]], shares) for part in compared[i][1:]] for i in range(len(scans))], axis=0
     )
     flat = np.ones((2, TEXTURE_BINS, TEXTURE_BINS))
     expected = [expect_at_place([compared[j][0] for j in others[i]]) for i in range(len(scans))]
-    divided = [divide_plainly(compared[i], brains[i], expected[i], limits, flat) for i in range(len(scans))]
+    divided = [divide_plainly(compared[i], brains[i], expected[i], edges, flat) for i in range(len(scans))]
     maps = []
-    for i, (_, _, spacing_mm) in enumerate(scans):
-        by_texture = expect_with_texture([compared[j] for j in others[i]], [divided[j] for j in others[i]], limits)
-        mapped = divide_plainly(compared[i], brains[i], expected[i], limits, by_texture)
-        maps.append(smooth_plainly(mapped, spacing_mm))
+    for i, (_, _, sampling_mm) in enumerate(scans):
+        factor = expect_with_texture([compared[j] for j in others[i]], [divided[j] for j in others[i]], edges)
+        mapped = divide_plainly(compared[i], brains[i], expected[i], edges, factor)
+        maps.append(smooth_plainly(mapped, sampling_mm))
     return {
-        "expected": expect_at_place([parts[0] for parts in compared]),
-        "looks": limits,
-        "by_look": expect_with_texture(compared, divided, limits),
+        "expected_residual": expect_at_place([parts[0] for parts in compared]),
+        "texture_edges": edges,
+        "texture_factor": expect_with_texture(compared, divided, edges),
         "intensity": describe_intensity([stack for stack, _, _ in scans]),
         "scan_scores": np.sort([mean_of_worst(mapped, 0.002) for mapped in maps]),
         "slice_scores": np.sort([mean_of_worst(plane, 0.01) for mapped in maps for plane in mapped]),
-        "threshold": np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998),
+        "voxel_threshold": np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998),
     }
 
 
@@ -114,13 +117,13 @@ def expect_at_place(residuals: list[np.ndarray]) -> np.ndarray:
     return np.stack(parts)
 
 
-def expect_with_texture(compared: list, divided: list, limits: np.ndarray) -> np.ndarray:
+def expect_with_texture(compared: list, divided: list, edges: np.ndarray) -> np.ndarray:
     """(2, bins, bins) root mean square of what is left after places, by sign and texture; ten pixels of 1 are added."""
     squares, counts = np.full((2, TEXTURE_BINS, TEXTURE_BINS), 10.0), np.full((TEXTURE_BINS, TEXTURE_BINS), 10)
     for (residual, mean, deviation), values in zip(compared, divided, strict=True):
         for place in np.argwhere(np.isfinite(values)):
             place = tuple(place)
-            row, column = (limits[0] < mean[place]).sum(), (limits[1] < deviation[place]).sum()
+            row, column = (edges[0] < mean[place]).sum(), (edges[1] < deviation[place]).sum()
             counts[row, column] += 1
             squares[int(residual[place] <= 0), row, column] += values[place] ** 2
     return np.sqrt(squares / counts)

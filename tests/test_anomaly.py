@@ -6,34 +6,49 @@ import torch
 from scipy.stats import norm
 
 from models.anomaly import (
-    LEVELS,
-    LOOKS,
-    calibrate,
-    compare,
+    compute_residual,
     map_anomalies,
-    map_brightness,
-    map_deviation,
     reconstruct,
     score_mse,
     score_scan,
     score_slices,
-    smooth_residual,
 )
-from models.autoencoder import take_middle
+from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from models.checkpoint import build_model
-from preprocessing.slices import SliceDataset, list_scans
 from tests.reference import compare_plainly, make_scan, map_plainly
 
 FAR_MM = 1000.0  # slices so far apart do not blur into each other
 
 
-def make_calibration(expected=1.0, limits=None, by_texture=1.0, size=32) -> dict:
+def make_calibration(expected=1.0, edges=None, factor=1.0, size=32) -> Calibration:
     """A calibration by hand; numbers stand for arrays full of them."""
-    filled = np.full((2, LEVELS, size, size), 1.0, np.float32) * expected
-    limits = np.zeros((2, LOOKS - 1)) if limits is None else limits
-    table = np.full((2, LOOKS, LOOKS), 1.0) * by_texture
-    values = {"expected": filled, "looks": limits, "by_look": table}
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+    return Calibration(
+        expected_residual=torch.tensor(np.full((2, LEVELS, size, size), 1.0) * expected).float(),
+        texture_edges=torch.zeros(2, TEXTURE_BINS - 1) if edges is None else torch.tensor(edges).float(),
+        texture_factor=torch.tensor(np.full((2, TEXTURE_BINS, TEXTURE_BINS), 1.0) * factor).float(),
+        intensity=torch.zeros(2, LEVELS, size, size),
+        scan_scores=torch.zeros(1),
+        slice_scores=torch.zeros(1),
+        voxel_threshold=5.0,
+    )
+
+
+def as_tensors(*arrays):
+    return tuple(torch.from_numpy(np.array(array)) for array in arrays)
+
+
+def find_residual(stack, drawn, sampling_mm):
+    """(n, H, W) signed, as NumPy."""
+    return compute_residual(*as_tensors(stack, np.float32(drawn)), sampling_mm).values.numpy()
+
+
+def make_map(stack, drawn, sampling_mm, calibration):
+    """(n, H, W) as NumPy."""
+    return map_anomalies(*as_tensors(stack, drawn), sampling_mm, calibration).numpy()
+
+
+def calibrate(seeds):
+    return Calibration.fit([(*as_tensors(*make_scan(seed)[:2]), make_scan(seed)[2]) for seed in seeds])
 
 
 def draw_patches(slices=3, size=0.05):
@@ -53,8 +68,9 @@ class Window(torch.nn.Module):
     def __init__(self, step=1):
         super().__init__()
         self.step, self.batches = step, []
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says what device the model is on
 
-    def find_neighbours(self, spacing_mm):
+    def neighbour_offsets(self, slice_spacing_mm):
         return (-self.step, 0, self.step)
 
     def forward(self, slices):
@@ -69,7 +85,7 @@ def test_the_end_slices_stand_for_those_beyond(step, digits):
     stack = np.ones((5, 4, 4), np.float16) * np.arange(1, 6)[:, None, None]
     model = Window(step)
     drawn = reconstruct(model, stack, 2.0, batch_size=2)
-    assert drawn.dtype == np.float32
+    assert drawn.dtype == torch.float32
     np.testing.assert_array_equal(drawn, np.ones((5, 4, 4)) * np.array(digits)[:, None, None])
     assert model.batches == [2, 2, 1]
 
@@ -77,7 +93,7 @@ def test_the_end_slices_stand_for_those_beyond(step, digits):
 def test_the_spacing_chooses_the_neighbours():
     asked = []
     model = Window()
-    model.find_neighbours = lambda spacing_mm: asked.append(spacing_mm) or (-1, 0, 1)
+    model.neighbour_offsets = lambda slice_spacing_mm: asked.append(slice_spacing_mm) or (-1, 0, 1)
     reconstruct(model, np.ones((3, 4, 4), np.float32), 2.5)
     assert asked == [2.5]
 
@@ -85,7 +101,7 @@ def test_the_spacing_chooses_the_neighbours():
 def test_nothing_is_drawn_outside_the_brain_of_the_slice_itself():
     stack = np.ones((3, 2, 2), np.float32)
     stack[1, 0, 0] = 0  # its neighbours are brain there
-    assert (reconstruct(Window(), stack, 2.0)[1] == [[0, 111], [111, 111]]).all()
+    assert reconstruct(Window(), stack, 2.0)[1].tolist() == [[0, 111], [111, 111]]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -93,7 +109,7 @@ def test_the_precision_is_that_of_the_networks_products(precision):
     seen = []
 
     class Scale(torch.nn.Conv2d):
-        find_neighbours = staticmethod(lambda spacing_mm: (0,))
+        neighbour_offsets = staticmethod(lambda slice_spacing_mm: (0,))
 
         def forward(self, slices):
             output = super().forward(slices)
@@ -102,7 +118,7 @@ def test_the_precision_is_that_of_the_networks_products(precision):
 
     drawn = reconstruct(Scale(1, 1, 1), np.ones((2, 4, 4), np.float32), 2.0, precision=precision)
     assert seen == [precision]
-    assert drawn.dtype == np.float32
+    assert drawn.dtype == torch.float32
 
 
 def test_any_batch_size_gives_the_same():
@@ -113,30 +129,13 @@ def test_any_batch_size_gives_the_same():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_training_and_use_show_the_model_the_same_window(processed):
-    scan = next(list_scans(processed / "train"))
-    spacing = scan.record["spacing_mm"][2]
-    seen = []
-
-    class Echo(torch.nn.Module):
-        find_neighbours = staticmethod(lambda spacing_mm: (-2, 0, 2))
-
-        def forward(self, slices):
-            seen.append(slices)
-            return take_middle(slices)
-
-    reconstruct(Echo(), scan.read_stack(), spacing, batch_size=4)
-    dataset = SliceDataset([scan], find_neighbours=Echo.find_neighbours)
-    torch.testing.assert_close(dataset[:], torch.cat(seen), rtol=0, atol=0)
-
-
 def test_mse_by_hand():
     stack = np.zeros((3, 4, 4), np.float32)
     stack[:2, 1:3, 1:3] = 0.5
     reconstruction = stack.copy()
     reconstruction[1, 1, 1] = 0.1  # one of four brain pixels is 0.4 off
     reconstruction[1:, 0, 0] = 9.0  # outside the brain: does not count
-    np.testing.assert_allclose(score_mse(stack, reconstruction), [0, 0.16 / 4, 0], atol=1e-7)
+    np.testing.assert_allclose(score_mse(*as_tensors(stack, reconstruction)), [0, 0.16 / 4, 0], atol=1e-7)
 
 
 def test_smoothing_of_one_bright_pixel_by_hand():
@@ -144,7 +143,7 @@ def test_smoothing_of_one_bright_pixel_by_hand():
     stack = np.full((9, 48, 48), 0.5, np.float32)
     drawn = stack.copy()
     drawn[4, 20, 28] -= 0.3  # brighter than drawn: positive
-    residual = smooth_residual(stack, drawn, (4.0, 1.0))
+    residual = find_residual(stack, drawn, (4.0, 1.0))
     assert residual.dtype == np.float32
     assert residual.sum() == pytest.approx(0.3, rel=1e-4)
     peak = residual[4, 20, 28]
@@ -159,7 +158,7 @@ def test_the_rim_is_faded_in():
     stack[:, :, :20] = 0
     drawn = stack.copy()
     drawn[:, :32] -= 0.2  # in less than half of the brain, so that none of it is shading
-    residual = smooth_residual(stack, drawn, (FAR_MM, 1.0))[0, 10]
+    residual = find_residual(stack, drawn, (FAR_MM, 1.0))[0, 10]
     assert (residual[:20] == 0).all()
     inside = np.arange(44) + 0.5  # pixels from the rim
     np.testing.assert_allclose(residual[20:50], 0.2 * (2 * norm.cdf(inside / 2) - 1)[:30], atol=1e-3)
@@ -173,7 +172,7 @@ def test_waves_of_centimetres_are_shading_by_hand():
     for wavelength, left in ((100, 1 - np.exp(-0.08 * np.pi**2) / 1.02), (50, 1 - np.exp(-0.32 * np.pi**2) / 1.02)):
         stack = np.full((2, 32, 256), 0.5, np.float32)
         wave = 0.1 * np.cos(2 * np.pi * (np.arange(256) - 127.5) * 1.5625 / wavelength)
-        residual = smooth_residual(stack, stack - wave, (FAR_MM, 1.5625))
+        residual = find_residual(stack, stack - wave, (FAR_MM, 1.5625))
         inner = np.s_[:, 10:22, 100:156]
         ratio = residual[inner].max() / (0.1 * np.exp(-2 * (2 * np.pi / wavelength) ** 2))  # less the 2 mm
         assert ratio == pytest.approx(left, rel=0.03), wavelength
@@ -185,7 +184,7 @@ def test_of_a_large_lesion_four_medians_are_shading():
     rows, columns = np.indices((208, 208)) - 103.5
     lesion = np.hypot(rows, columns) < 60
     drawn = stack - np.where(lesion, 0.5, 0.02).astype(np.float32)
-    residual = smooth_residual(stack, drawn, (FAR_MM, 1.0))
+    residual = find_residual(stack, drawn, (FAR_MM, 1.0))
     assert residual[0, 104, 104] == pytest.approx(0.5 - 0.08 / 1.02, abs=0.003)
     assert residual[0, 4, 4] == pytest.approx(0.02 - 0.02 / 1.02, abs=0.003)
 
@@ -197,7 +196,7 @@ def test_shading_is_the_same_over_neighbouring_slices():
     drawn[10] = 0.45
     weights = np.exp(-0.5 * ((np.arange(21) - 10) * 4 / 20) ** 2)
     expected = 0.05 - (weights / weights.sum() * (stack - drawn)[:, 0, 0]).sum() / 1.02
-    residual = smooth_residual(stack, drawn, (4.0, 1000.0))  # σ of 1/2 slice blurs them a little
+    residual = find_residual(stack, drawn, (4.0, 1000.0))  # σ of 1/2 slice blurs them a little
     near = np.exp(-2 * np.abs(np.arange(21) - 10.0) ** 2)
     blurred = (near / near.sum() * (stack - drawn)[:, 0, 0]).sum()
     assert residual[10, 16, 16] == pytest.approx(expected - 0.05 + blurred, abs=0.002)
@@ -205,15 +204,14 @@ def test_shading_is_the_same_over_neighbouring_slices():
 
 @pytest.mark.parametrize("offset", [0.0, 0.3])
 def test_residual_and_texture_are_those_of_plain_scipy(offset):
-    stack, drawn, spacing_mm = make_scan(1, offset=offset)
-    residual, texture = compare(stack, drawn, spacing_mm)
-    plain, mean, deviation = compare_plainly(stack, drawn, spacing_mm)
+    stack, drawn, sampling_mm = make_scan(1, offset=offset)
+    residual, texture = (part.numpy() for part in compute_residual(*as_tensors(stack, drawn), sampling_mm))
+    plain, mean, deviation = compare_plainly(stack, drawn, sampling_mm)
     brain = stack > 0
     assert residual.dtype == texture.dtype == np.float32
     np.testing.assert_allclose(residual, plain, atol=0.02 * np.abs(plain[brain]).mean())
     np.testing.assert_allclose(texture[0][brain], mean[brain], atol=1e-4)
     np.testing.assert_allclose(texture[1][brain], deviation[brain], atol=1e-3)
-    np.testing.assert_array_equal(smooth_residual(stack, drawn, spacing_mm), residual)
 
 
 def test_a_lesion_stands_out_of_its_shading():
@@ -221,7 +219,7 @@ def test_a_lesion_stands_out_of_its_shading():
     lesion = np.zeros(stack.shape, bool)
     lesion[8:14, 44:52, 44:52] = True
     shading = 0.1 * np.linspace(-1, 1, 96, dtype=np.float32)
-    residual = smooth_residual(stack + shading + 0.1 * lesion, stack, (2.0, 1.5))
+    residual = find_residual(stack + shading + 0.1 * lesion, stack, (2.0, 1.5))
     surroundings = np.s_[:, 30:40, 30:66]
     assert (
         np.abs(residual[surroundings]).mean() < 0.1 * np.abs(np.broadcast_to(shading, stack.shape)[surroundings]).mean()
@@ -230,10 +228,10 @@ def test_a_lesion_stands_out_of_its_shading():
 
 
 def test_the_map_is_that_of_plain_scipy():
-    calibration = calibrate([make_scan(seed) for seed in (1, 2, 3)])
-    stack, drawn, spacing_mm = make_scan(4, offset=-0.3)
-    mapped = map_anomalies(stack, drawn, spacing_mm, calibration)
-    plain = map_plainly(stack, drawn, spacing_mm, calibration)
+    calibration = calibrate((1, 2, 3))
+    stack, drawn, sampling_mm = make_scan(4, offset=-0.3)
+    mapped = make_map(stack, drawn, sampling_mm, calibration)
+    plain = map_plainly(stack, drawn, sampling_mm, calibration)
     brain = stack > 0
     assert mapped.dtype == np.float32
     assert np.isnan(mapped[~brain]).all()
@@ -242,11 +240,11 @@ def test_the_map_is_that_of_plain_scipy():
 
 
 def test_the_map_is_in_units_of_its_median_whatever_the_contrast():
-    stack, drawn, spacing_mm = make_scan(1, slices=24)
+    stack, drawn, sampling_mm = make_scan(1, slices=24)
     brain = stack > 0
-    calibration = calibrate([make_scan(2), make_scan(3)])
+    calibration = calibrate((2, 3))
     weak, strong = (
-        map_anomalies(np.where(brain, 5 + times * (stack - drawn), 0), np.where(brain, 5, 0), spacing_mm, calibration)
+        make_map(np.where(brain, 5 + times * (stack - drawn), 0), np.where(brain, 5, 0), sampling_mm, calibration)
         for times in (1, 3)
     )
     np.testing.assert_allclose(weak[brain], strong[brain], rtol=2e-3, atol=1e-3)
@@ -257,7 +255,7 @@ def map_patches(calibration, stack=0.5, slices=3, pixel_mm=6.0):
     """(n, 32, 32) map of the patches on a brain of these values, slices and pixels not blurring into each other."""
     residual, _ = draw_patches(slices)
     stack = np.zeros_like(residual) + np.float32(stack)
-    return map_anomalies(stack, stack - residual, (FAR_MM, pixel_mm), calibration)
+    return make_map(stack, stack - residual, (FAR_MM, pixel_mm), calibration)
 
 
 def test_each_sign_is_divided_by_what_is_expected_of_it():
@@ -284,12 +282,12 @@ def test_each_texture_is_divided_by_what_is_expected_of_it():
     """The mean chooses the row of the table, the deviation its column: around the patches' rims it is larger."""
     stack = np.full((3, 32, 32), 0.4, np.float32)
     stack[:, 16:] = 0.6
-    limits = np.stack([np.linspace(0.3, 0.5, LOOKS - 1), np.linspace(0.01, 0.9, LOOKS - 1)])
-    table = np.ones((2, LOOKS, LOOKS))
+    edges = np.stack([np.linspace(0.3, 0.5, TEXTURE_BINS - 1), np.linspace(0.01, 0.9, TEXTURE_BINS - 1)])
+    table = np.ones((2, TEXTURE_BINS, TEXTURE_BINS))
     # the patches' middles are drawn 0.35 and 0.45 in the dark half, 0.65 and 0.55 in the bright one
     table[0, 3, 0], table[1, 8, 0], table[1, 11, 0], table[0, 11, 0] = 2, 4, 8, 16
-    limits[0] += 0.005
-    values = map_patches(make_calibration(1.0, limits, table), stack)[1][draw_patches()[1]]
+    edges[0] += 0.005
+    values = map_patches(make_calibration(1.0, edges, table), stack)[1][draw_patches()[1]]
     np.testing.assert_allclose(values[0] / values, [1, 2, 4, 8], rtol=1e-3)
 
 
@@ -297,10 +295,10 @@ def test_what_deviates_has_a_texture_of_its_own():
     """A chequered reconstruction of 0.5 +- 0.1 deviates by 0.1; the mean stays."""
     chequered = 0.5 + 0.1 * (-1.0) ** np.indices((32, 32)).sum(0)
     stack = np.where(np.arange(32) < 16, chequered, 0.5)
-    limits = np.stack([np.linspace(0.9, 1, LOOKS - 1), np.linspace(0.05, 0.99, LOOKS - 1)])
-    table = np.ones((2, LOOKS, LOOKS))
+    edges = np.stack([np.linspace(0.9, 1, TEXTURE_BINS - 1), np.linspace(0.05, 0.99, TEXTURE_BINS - 1)])
+    table = np.ones((2, TEXTURE_BINS, TEXTURE_BINS))
     table[:, 0, 1] = 7
-    values = map_patches(make_calibration(1.0, limits, table), stack, pixel_mm=1.0)[1][draw_patches()[1]]
+    values = map_patches(make_calibration(1.0, edges, table), stack, pixel_mm=1.0)[1][draw_patches()[1]]
     assert values[1] / values[0] == pytest.approx(7, rel=0.01)
 
 
@@ -314,30 +312,30 @@ def test_the_map_itself_is_smoothed_by_2_mm():
 
 
 def test_a_planted_lesion_stands_out_of_its_surroundings():
-    stack, drawn, spacing_mm = make_scan(1)
-    calibration = calibrate([make_scan(2), make_scan(3)])
+    stack, drawn, sampling_mm = make_scan(1)
+    calibration = calibrate((2, 3))
     lesion = np.zeros(stack.shape, bool)
     lesion[5:8, 14:18, 15:19] = True
-    healthy = map_anomalies(stack, drawn, spacing_mm, calibration)
-    mapped = map_anomalies(np.where(lesion, stack - 0.3, stack), drawn, spacing_mm, calibration)
+    healthy = make_map(stack, drawn, sampling_mm, calibration)
+    mapped = make_map(np.where(lesion, stack - 0.3, stack), drawn, sampling_mm, calibration)
     assert lesion[np.unravel_index(np.nanargmax(mapped), mapped.shape)]
     assert np.median(mapped[lesion]) > 4 * np.nanmedian(mapped[~lesion])
-    assert score_scan(mapped) > 1.5 * score_scan(healthy)
-    scores = score_slices(mapped)
+    assert score_scan(torch.from_numpy(mapped)) > 1.5 * score_scan(torch.from_numpy(healthy))
+    scores = score_slices(torch.from_numpy(mapped))
     assert scores[5:8].min() > scores[[0, 1, 2, 10, 11]].max()
 
 
 def test_an_empty_stack_has_no_anomaly():
     empty = np.zeros((2, 32, 32), np.float32)
-    mapped = map_anomalies(empty, empty, (2.0, 1.5), make_calibration())
+    mapped = make_map(empty, empty, (2.0, 1.5), make_calibration())
     assert np.isnan(mapped).all()
-    assert score_scan(mapped) == 0
-    assert (score_slices(mapped) == 0).all()
+    assert score_scan(torch.from_numpy(mapped)) == 0
+    assert (score_slices(torch.from_numpy(mapped)) == 0).all()
 
 
 def test_a_perfect_reconstruction_has_no_anomaly():
     stack = make_scan(1)[0]
-    mapped = map_anomalies(stack, stack, (2.0, 1.5), make_calibration())
+    mapped = make_map(stack, stack, (2.0, 1.5), make_calibration())
     assert (mapped[stack > 0] == 0).all()
 
 
@@ -346,36 +344,14 @@ def test_scores_by_hand():
     values = np.full((2, 25, 48), np.nan, np.float32)
     values[0].flat[100:1100] = np.random.default_rng(0).permutation(1000)
     values[1].flat[:500] = 2000 + np.arange(500)
+    values = torch.from_numpy(values)
     np.testing.assert_allclose(score_slices(values), [np.mean(range(990, 1000)), 2000 + np.mean(range(495, 500))])
     assert score_scan(values) == pytest.approx(2000 + np.mean([497, 498, 499]))  # 3 of 1,500
     assert score_scan(values[:1]) == pytest.approx(998.5)  # 2 of 1,000
 
 
 def test_at_least_one_pixel_scores():
-    values = np.full((1, 3, 3), np.nan, np.float32)
-    values[0, 1] = [1, 7, 3]
+    values = torch.full((1, 3, 3), torch.nan)
+    values[0, 1] = torch.tensor([1.0, 7, 3])
     assert score_scan(values) == 7
     np.testing.assert_array_equal(score_slices(values), [7])
-
-
-def test_deviation_is_the_z_score_of_the_smoothed_slice():
-    """The deviation is 0.1 at the lowest level and 0.4 at the highest: 0.25 at the slice between them."""
-    residual, middles = draw_patches(size=0.2)
-    stack = 0.5 + residual
-    stack[:, 0, 0] = 0
-    intensity = np.full((2, LEVELS, 32, 32), 0.5)
-    intensity[1] = np.linspace(0.1, 0.4, LEVELS)[:, None, None]
-    mapped = map_deviation(stack, (FAR_MM, 6.0), {"intensity": torch.tensor(intensity, dtype=torch.float32)})
-    assert mapped.dtype == np.float32
-    assert np.isnan(mapped[:, 0, 0]).all()
-    for plane, z_score in zip(mapped, (2, 0.8, 0.5), strict=True):
-        np.testing.assert_allclose(plane[middles], z_score, rtol=1e-3)
-
-
-def test_brightness_ranks_by_hand():
-    stack = np.zeros((1, 2, 3), np.float32)
-    stack[0, 0] = [0.2, 0.4, 0.4]
-    stack[0, 1, 0] = 0.9
-    mapped = map_brightness(stack)
-    assert mapped.dtype == np.float32
-    np.testing.assert_allclose(mapped[0], [[0.25, 0.75, 0.75], [1, np.nan, np.nan]])

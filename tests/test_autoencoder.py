@@ -10,11 +10,6 @@ from models.checkpoint import build_model
 CONFIGS = [{"model": "cae", "size": 32, "width": 8, "latent": 6}, {"model": "dae", "size": 32, "width": 8, "depth": 3}]
 
 
-def find_neighbours(model, spacing_mm):
-    """Which slices it is shown, counted from the one it draws."""
-    return model.find_neighbours(spacing_mm)
-
-
 def make_input(batch=2, channels=3, size=32):
     return torch.rand((batch, channels, size, size), generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +45,7 @@ def test_middle():
 def test_every_weight_learns(config, batch):
     torch.manual_seed(0)
     model = build_model(config).train()
-    slices = make_input(batch, len(find_neighbours(model, 2.0)))
+    slices = make_input(batch, len(model.neighbour_offsets(2.0)))
     output = model(slices)
     assert output.shape == (batch, 1, 32, 32)
     ((output - take_middle(slices)) ** 2).mean().backward()
@@ -118,6 +113,6 @@ def test_what_each_is_trained_on():
 
 def test_neighbours_lie_about_4_mm_away():
     steps = {0.5: 8, 1.0: 4, 1.5: 3, 2.0: 2, 3.0: 1, 4.0: 1, 6.0: 1, 9.0: 1}
-    for spacing_mm, step in steps.items():
-        assert find_neighbours(MODELS["dae"], spacing_mm) == (-step, 0, step)
-        assert find_neighbours(MODELS["cae"], spacing_mm) == (0,)
+    for slice_spacing_mm, step in steps.items():
+        assert MODELS["dae"].neighbour_offsets(slice_spacing_mm) == (-step, 0, step)
+        assert MODELS["cae"].neighbour_offsets(slice_spacing_mm) == (0,)

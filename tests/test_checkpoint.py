@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from models.checkpoint import CheckpointError, build_model, load_checkpoint, load_model, save_checkpoint
+from common.cli import DataError
+from models.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 
 CONFIG = {"model": "dae", "size": 32, "width": 8, "depth": 2}
 
@@ -51,7 +52,7 @@ def test_building_leaves_the_config_as_it_is():
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pt: no such checkpoint"):
+    with pytest.raises(DataError, match=r"none\.pt: no such checkpoint"):
         load_model(tmp_path / "none.pt")
 
 
@@ -68,7 +69,7 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, con
         torch.save({"config": Evil()}, path)
     else:
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"bad\.pt: cannot be read"):
+    with pytest.raises(DataError, match=r"bad\.pt: cannot be read"):
         load_model(path)
     assert not (tmp_path / "evil-was-here").exists()
 
@@ -85,7 +86,7 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS.keys())
 def test_a_model_of_another_version_is_refused(tmp_path, content, change):
     save_checkpoint(tmp_path / "old.pt", content | change)
-    with pytest.raises(CheckpointError, match=r"old\.pt: does not hold a model"):
+    with pytest.raises(DataError, match=r"old\.pt: does not hold a model"):
         load_model(tmp_path / "old.pt")
 
 

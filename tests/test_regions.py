@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from evaluation.regions import find_regions
 
 AFFINE = np.array([[0, -2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])  # voxels of 0.012 ml
