@@ -64,45 +64,27 @@ class Calibration:
         Each scan is mapped with what the other scans show: its own residuals would make it look more normal than a new
         scan. A single scan has only itself.
         """
-        place_sums, edges, intensity_sums = 0, [], 0
-        shares = torch.arange(1, TEXTURE_BINS, dtype=torch.float64) / TEXTURE_BINS
-        for stack, reconstruction, sampling_mm in scans:
-            residual = compute_residual(stack, reconstruction, sampling_mm)
-            place_sums = place_sums + _sum_by_place(residual.values)
-            edges.append(torch.stack([_find_quantiles(part[stack > 0], shares) for part in residual.texture]))
-            intensity_sums = intensity_sums + _sum_by_level(torch.stack([stack.float(), stack.float() ** 2, stack > 0]))
-        fitted = cls(
-            expected_residual=_expect_at_place(place_sums),
-            texture_edges=torch.stack(edges).mean(0),
-            texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS, device=place_sums.device),
-            intensity=_describe_intensity(intensity_sums),
-            scan_scores=torch.empty(0),
-            slice_scores=torch.empty(0),
-            voxel_threshold=math.nan,
-        )
-        texture_sums = []
-        for residual, brain, _, others in fitted._leave_each_out(scans, place_sums):
-            texture_sums.append(_sum_by_texture(residual, others.normalise(residual, brain), fitted.texture_edges))
+        draft, place_sums = _describe_places(scans)
+        texture_sums = [
+            _sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
+            for residual, brain, _, others in draft._leave_each_out(scans, place_sums)
+        ]
         total = sum(texture_sums)
-        scan_scores, slice_scores, samples = [], [], []
-        for (residual, brain, sampling_mm, others), own in zip(
-            fitted._leave_each_out(scans, place_sums), texture_sums, strict=True
-        ):
+        scan_scores, slice_scores, quantiles = [], [], []
+        shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
+        left_out = draft._leave_each_out(scans, place_sums)
+        for (residual, brain, sampling_mm, others), own in zip(left_out, texture_sums, strict=True):
             others = replace(others, texture_factor=_expect_with_texture(_leave_out(total, own, len(scans))))
             anomaly = smooth_map(others.normalise(residual, brain), sampling_mm)
             scan_scores.append(score_scan(anomaly))
             slice_scores.append(score_slices(anomaly))
-            samples.append(
-                _find_quantiles(anomaly[brain], torch.linspace(0, 1, 10001, dtype=torch.float64))
-            )  # all brains weigh the same
+            quantiles.append(_find_quantiles(anomaly[brain], shares))
         return replace(
-            fitted,
+            draft,
             texture_factor=_expect_with_texture(total),
             scan_scores=torch.tensor(scan_scores, device=total.device).sort().values,
             slice_scores=torch.cat(slice_scores).sort().values,
-            voxel_threshold=float(
-                _find_quantiles(torch.cat(samples), torch.tensor(1 - VOXELS_FLAGGED, dtype=torch.float64))
-            ),
+            voxel_threshold=float(_find_quantiles(torch.cat(quantiles), 1 - VOXELS_FLAGGED)),
         )
 
     def _leave_each_out(
@@ -165,9 +147,9 @@ class Calibration:
         return compute_p_values(scores, self.slice_scores)
 
     def flag_score(self, level: str, false_positive_rate: float) -> float | None:
-        """The score of a "scan" or a "slice" above which its p-value is at most this rate; None where none is so small.
+        """The score of a "scan" or a "slice" above which its p-value is at most this rate (< 1).
 
-        Up to this score, that many healthy ones are as high.
+        Up to this score, too many healthy scores are as high. None where no p-value can be so small.
         """
         healthy = self.scan_scores if level == "scan" else self.slice_scores
         allowed = math.floor(false_positive_rate * (len(healthy) + 1) + 1e-9) - 1  # healthy scores that may be as high
@@ -189,6 +171,26 @@ def compute_p_values(scores: float | Sequence[float] | torch.Tensor, healthy: to
 def count_needed_scans(false_positive_rate: float) -> int:
     """The number of healthy validation scans without which no p-value is as small as this rate."""
     return math.ceil(1 / false_positive_rate - 1e-9) - 1
+
+
+def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tensor]:
+    """(a calibration without texture factors and scores, the sums over all scans by `_sum_by_place`)."""
+    place_sums, edges, intensity_sums = 0, [], 0
+    shares = torch.arange(1, TEXTURE_BINS, dtype=torch.float64) / TEXTURE_BINS
+    for stack, reconstruction, sampling_mm in scans:
+        residual = compute_residual(stack, reconstruction, sampling_mm)
+        place_sums = place_sums + _sum_by_place(residual.values)
+        edges.append(torch.stack([_find_quantiles(part[stack > 0], shares) for part in residual.texture]))
+        intensity_sums = intensity_sums + _sum_by_level(torch.stack([stack.float(), stack.float() ** 2, stack > 0]))
+    return Calibration(
+        expected_residual=_expect_at_place(place_sums),
+        texture_edges=torch.stack(edges).mean(0),
+        texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS, device=place_sums.device),
+        intensity=_describe_intensity(intensity_sums),
+        scan_scores=torch.empty(0),
+        slice_scores=torch.empty(0),
+        voxel_threshold=math.nan,
+    ), place_sums
 
 
 def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:
@@ -270,9 +272,9 @@ def _expect_with_texture(sums: torch.Tensor) -> torch.Tensor:
     return ((sums[:2] + TEXTURE_PRIOR) / (sums[2] + TEXTURE_PRIOR)).sqrt().float()
 
 
-def _find_quantiles(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The quantiles of many numbers (torch.quantile takes 16 million at most), interpolated; shares are float64."""
-    ranked = values.flatten().sort().values
-    places = shares.to(values.device) * (len(ranked) - 1)
+def _find_quantiles(values: torch.Tensor, shares: torch.Tensor | float) -> torch.Tensor:
+    """The interpolated quantiles of (n,) numbers; torch.quantile takes 16 million at most."""
+    ranked = values.sort().values
+    places = torch.as_tensor(shares, dtype=torch.float64, device=values.device) * (len(ranked) - 1)
     below = places.long()
     return torch.lerp(ranked[below], ranked[(below + 1).clamp(max=len(ranked) - 1)], (places - below).float())

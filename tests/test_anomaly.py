@@ -75,11 +75,16 @@ class Window(torch.nn.Module):
 
     def forward(self, slices):
         self.batches.append(len(slices))
-        return 100 * slices[:, :1] + 10 * slices[:, 1:2] + slices[:, 2:]
+        return 1000 * slices[:, :1] + 10 * slices[:, 1:2] + slices[:, 2:]
 
 
 @pytest.mark.parametrize(
-    ("step", "digits"), [(1, [112, 123, 234, 345, 455]), (2, [113, 124, 135, 245, 355]), (9, [115, 125, 135, 145, 155])]
+    ("step", "digits"),
+    [
+        (1, [1012, 1023, 2034, 3045, 4055]),
+        (2, [1013, 1024, 1035, 2045, 3055]),
+        (9, [1015, 1025, 1035, 1045, 1055]),
+    ],
 )
 def test_the_end_slices_stand_for_those_beyond(step, digits):
     stack = np.ones((5, 4, 4), np.float16) * np.arange(1, 6)[:, None, None]
@@ -101,7 +106,7 @@ def test_the_spacing_chooses_the_neighbours():
 def test_nothing_is_drawn_outside_the_brain_of_the_slice_itself():
     stack = np.ones((3, 2, 2), np.float32)
     stack[1, 0, 0] = 0  # its neighbours are brain there
-    assert reconstruct(Window(), stack, 2.0)[1].tolist() == [[0, 111], [111, 111]]
+    assert reconstruct(Window(), stack, 2.0)[1].tolist() == [[0, 1011], [1011, 1011]]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -195,7 +195,7 @@ def test_intensity_varies_by_place_and_by_no_less_than_a_hundredth():
 def make_calibration(scan_scores, slice_scores=(0.0,)):
     """A calibration of these scores alone."""
     nothing = torch.zeros(1)
-    scores = (torch.tensor(values) for values in (scan_scores, slice_scores))
+    scores = (torch.tensor(values).float() for values in (scan_scores, slice_scores))
     return Calibration(nothing, nothing, nothing, nothing, *scores, 5.0)
 
 
@@ -216,18 +216,20 @@ def test_a_rate_of_1_in_20_can_be_reached():
     assert compute_p_values(20.0, torch.arange(19.0)).item() <= 0.05
 
 
-@pytest.mark.parametrize(("rate", "score"), [(0.05, None), (0.1, 9), (0.2, 8), (0.25, 8), (0.3, 7), (1.0, 0)])
+@pytest.mark.parametrize(("rate", "score"), [(0.1, 9), (0.15, 9), (0.2, 8), (0.3, 7), (0.9, 1)])
 def test_scores_above_the_flag_score_are_flagged(rate, score):
-    """Nine healthy scores, 1 to 9, and 0: of ten, a new one has p <= 0.1 above all of them."""
-    healthy = torch.arange(1.0, 10.0)
-    calibration = make_calibration(healthy.tolist(), [30.0])
-    found = calibration.flag_score("scan", rate)
-    assert found == (score or None) or score == 0
-    if found is not None:
-        above, at = compute_p_values([found + 0.01, found], healthy).tolist()
-        assert above <= rate + 1e-9 < at or rate == 1
+    """Of ten scans, nine healthy ones that score 1 to 9 and a new one above all, one in ten is as high."""
+    calibration = make_calibration(list(range(1, 10)), [30])
+    assert calibration.flag_score("scan", rate) == score
+    above, at = calibration.p_values_of_scans([score + 0.5, score]).tolist()
+    assert above <= rate < at
+
+
+def test_no_score_is_flagged_at_a_rate_that_needs_more_scans():
+    calibration = make_calibration(list(range(1, 10)), [30])
+    assert calibration.flag_score("scan", 0.09) is None
     assert calibration.flag_score("slice", 0.5) == 30
-    assert calibration.flag_score("slice", 0.4) is None
+    assert calibration.flag_score("slice", 0.49) is None
 
 
 @pytest.mark.parametrize(
