@@ -169,6 +169,16 @@ def test_the_rim_is_faded_in():
     np.testing.assert_allclose(residual[20:50], 0.2 * (2 * norm.cdf(inside / 2) - 1)[:30], atol=1e-3)
 
 
+def test_a_lone_pixel_has_hardly_a_texture():
+    """Means are over the brain; where it is less than a tenth of what lies around, as if it were a tenth."""
+    stack = np.zeros((1, 48, 48), np.float32)
+    stack[0, 24, 24] = 0.5
+    residual, texture = compute_residual(*as_tensors(stack, stack), (FAR_MM, 1.0))
+    share = 1 / (2 * np.pi * 2.0**2)  # the peak of a Gaussian of 2 pixels
+    assert texture[0, 0, 24, 24].item() == pytest.approx(0.5 * share / 0.1, rel=1e-3)
+    assert residual.abs().max() == 0
+
+
 def test_waves_of_centimetres_are_shading_by_hand():
     """A Gaussian mean of 20 mm keeps exp(-2 (20 pi / wavelength)^2) of a wave, and that is taken off.
 

@@ -89,6 +89,14 @@ def test_the_plain_autoencoder_layer_by_layer():
     torch.testing.assert_close(model(slices), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [16, 80, 240])
+@pytest.mark.parametrize("name", MODELS)
+def test_slices_of_any_multiple_of_16_pixels(name, size):
+    model = build_model({"model": name, "size": size, "width": 2}).eval()
+    channels = len(model.neighbour_offsets(2.0))
+    assert model(make_input(1, channels, size)).shape == (1, 1, size, size)
+
+
 def test_defaults():
     """Models on disk name only what differs from these: they must stay."""
     cae, dae = (build_model({"model": name}).state_dict() for name in ("cae", "dae"))
