@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.trainer import pick_batch, schedule_learning_rate, seed_generator
+from training.batches import count_epoch_steps, pick_batch, schedule_learning_rate, seed_generator
 
 
 def draw(*numbers) -> list[float]:
@@ -47,3 +47,14 @@ def test_each_seed_and_step_has_draws_of_its_own():
     assert draw(0, 1) == draw(0, 1)
     draws = [tuple(draw(*numbers)) for numbers in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 10), (0, 1, 2), (0, 1, 3))]
     assert len(set(draws)) == len(draws)
+
+
+def test_an_epoch_is_a_pass_but_between_a_fiftieth_and_a_fifth_of_the_run():
+    assert count_epoch_steps(slices=72, batch_size=5, steps=200) == 15
+    assert count_epoch_steps(slices=72, batch_size=5, steps=5001) == 101
+    assert count_epoch_steps(slices=72, batch_size=5, steps=11) == 3
+
+
+def test_the_main_process_draws_what_a_single_one_does():
+    assert draw(3, 7, 0) == draw(3, 7)
+    assert draw(3, 7, 1) != draw(3, 7)

@@ -390,5 +390,5 @@ def test_the_rim_of_a_moved_brain_does_not_fade():
         rim = (values > 0) & ~ndimage.binary_erosion(values > 0)
         inner = ndimage.binary_erosion(values > 0, iterations=2) & ~ndimage.binary_erosion(values > 0, iterations=4)
         fading.append(values[rim].mean() / values[inner].mean())
-    assert np.quantile(fading, 0.7) == pytest.approx(1, abs=0.02)
-    assert np.min(fading) > 0.5
+    # all but the blurred ones that keep their rim: 1 - 0.5 * 0.6 * 0.85
+    assert (np.abs(np.array(fading) - 1) < 0.04).mean() == pytest.approx(0.745, abs=0.08)

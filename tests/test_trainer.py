@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.anomaly import calibrate, reconstruct
+from models.anomaly import reconstruct
+from models.autoencoder import MODELS
+from models.calibration import Calibration
 from models.checkpoint import load_model
-from preprocessing.slices import check_same_settings, list_scans
+from preprocessing.store import check_same_settings, list_scans
+from training.batches import pick_batch, schedule_learning_rate, seed_generator
 from training.corruption import corrupt, vary_appearance
-from training.trainer import (
-    Trainer,
-    choose_precision,
-    make_pair,
-    pick_batch,
-    schedule_learning_rate,
-    seed_generator,
-    sum_squares,
-)
+from training.dataset import SliceDataset
+from training.trainer import Trainer, make_pair, sum_squares
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -29,15 +25,11 @@ NETWORKS = {
 }
 
 
-def make_trainer(processed, model="dae", **changes) -> Trainer:
+def make_trainer(processed, model="dae", run=None, **changes) -> Trainer:
     config = {"network": NETWORKS[model], "precision": "fp32", "seed": 0, "batch_size": 5, "steps": 15, "lr": 1e-3}
-    config |= {"compile": False} | changes
-    scans = [list(list_scans(processed / split)) for split in ("train", "val")]
-    return Trainer(config, *scans, CPU, quiet=True)
-
-
-def epoch_length(processed, **changes) -> int:
-    return make_trainer(processed, **changes).epoch_steps
+    offsets = MODELS[model].neighbour_offsets
+    datasets = [SliceDataset(list(list_scans(processed / split)), True, CPU, offsets) for split in ("train", "val")]
+    return Trainer(config | changes, *datasets, run, quiet=True)
 
 
 def calibrate_by_hand(path, scans) -> dict:
@@ -45,10 +37,10 @@ def calibrate_by_hand(path, scans) -> dict:
     model, _ = load_model(path)
     compared = []
     for scan in scans:
-        stack, record = scan.read_stack(), scan.record
-        spacing = record["spacing_mm"][2]
-        compared.append((stack, reconstruct(model, stack, spacing), (spacing, record["pixel_mm"])))
-    return calibrate(compared)
+        stack, geometry = torch.from_numpy(scan.read_stack()).float(), scan.geometry
+        reconstruction = reconstruct(model, stack, geometry.slice_spacing_mm)
+        compared.append((stack, reconstruction, (geometry.slice_spacing_mm, geometry.pixel_mm)))
+    return Calibration.fit(compared).to_state()
 
 
 def take_middle(slices):
@@ -165,15 +157,7 @@ def test_validation_by_hand_and_the_same_each_time(processed, model):
     assert other.validate() == first
 
 
-def test_an_epoch_is_a_pass_but_between_a_fiftieth_and_a_fifth_of_the_training(processed):
-    slices = len(make_trainer(processed).train)
-    assert 10 < slices < 100
-    assert epoch_length(processed, steps=200, batch_size=5) == math.ceil(slices / 5)
-    assert epoch_length(processed, steps=5001, batch_size=5) == 101
-    assert epoch_length(processed, steps=11, batch_size=5) == 3
-
-
-def train_with_losses(trainer, run, losses, monkeypatch):
+def train_with_losses(trainer, losses, monkeypatch):
     """Fit with a step that writes its number into a bias and has it as its loss, and these validation losses."""
 
     def step(clean):
@@ -184,16 +168,16 @@ def train_with_losses(trainer, run, losses, monkeypatch):
     losses = iter(losses)
     monkeypatch.setattr(trainer, "train_step", step)
     monkeypatch.setattr(trainer, "validate", lambda: next(losses))
-    run.mkdir()
-    trainer.fit(run)
-    trainer.finish(run)
+    trainer.run.mkdir()
+    trainer.fit()
+    trainer.finish()
 
 
 def test_the_best_weights_are_kept_and_calibrated_on_the_validation_scans(processed, tmp_path, monkeypatch):
     """Epochs of three steps whose validation losses are 3, 1, 2, 1, 5: the weights of step 6 are the best."""
-    trainer = make_trainer(processed)
     run = tmp_path / "run"
-    train_with_losses(trainer, run, [3.0, 1.0, 2.0, 1.0, 5.0], monkeypatch)
+    trainer = make_trainer(processed, run=run)
+    train_with_losses(trainer, [3.0, 1.0, 2.0, 1.0, 5.0], monkeypatch)
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert [float(row["val_loss"]) for row in rows] == [3, 1, 2, 1, 5]
     assert [float(row["train_loss"]) for row in rows] == [2, 5, 8, 11, 14], "means over the epoch's steps"
@@ -219,22 +203,15 @@ def test_the_best_weights_are_kept_and_calibrated_on_the_validation_scans(proces
 
 def test_what_a_run_shows_of_its_model(processed):
     trainer = make_trainer(processed)
-    shown = trainer.show_test_blobs(4)
+    shown = trainer.show_reconstructions(4)
     places = np.linspace(0, len(trainer.validation) - 1, 4).astype(int)
     healthy = trainer.validation[places]
     blobs = corrupt(healthy, seed_generator(CPU, 0, 0))
     np.testing.assert_array_equal(shown["healthy slice"], healthy[:, 1])
-    np.testing.assert_array_equal(shown["with test blobs"], blobs[:, 1])
+    np.testing.assert_array_equal(shown["corrupted"], blobs[:, 1])
     with torch.inference_mode():
         drawn = copy.deepcopy(trainer.model).eval()(blobs)[:, 0]
     np.testing.assert_allclose(shown["reconstruction"], torch.where(healthy[:, 1] > 0, drawn, 0), atol=1e-5)
     assert shown["error x 4"].shape == (4, 32, 32)
     assert shown["error x 4"].min() >= 0
     assert trainer.model.training
-
-
-@pytest.mark.parametrize(("rates", "precision"), [((300, 100), "bf16"), ((110, 100), "fp32"), ((50, 100), "fp32")])
-def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
-    by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
-    monkeypatch.setattr("training.trainer.measure_convolution", lambda device, kind: by_type[kind])
-    assert choose_precision(CPU)[0] == precision

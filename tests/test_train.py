@@ -1,4 +1,4 @@
-"""Training: normal slices only, subjects apart, and an interrupted run ends like an undisturbed one."""
+"""The script: normal slices only, subjects apart, and an interrupted run ends with the bytes of an undisturbed one."""
 
 import csv
 import io
@@ -9,20 +9,19 @@ import signal
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.train as training
 import training.trainer as trainer
+from common.cli import DataError
 from models.checkpoint import load_model
-from preprocessing.scans import DataError
-from preprocessing.slices import list_scans
+from preprocessing.store import list_scans
 from tests.conftest import TINY
 from tests.test_scripts import PROJECT, run_script
 from training.train import find_training_scans
-from training.trainer import Trainer, pick_groups
+from training.trainer import Trainer
 
 
 def test_a_run_is_complete(run):
@@ -55,7 +54,7 @@ def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch,
     assert not (tmp_path / "run/model.pt").exists()
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert training.main(command) == 0
-    assert "going on at step 7" in capsys.readouterr().out
+    assert "resuming at step 7" in capsys.readouterr().out
     assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
     for a, b in zip(*(csv.DictReader((r / "log.csv").open()) for r in (run, tmp_path / "run")), strict=True):
         assert a | {"slices_per_s": 0} == b | {"slices_per_s": 0}
@@ -75,7 +74,7 @@ def test_slices_go_to_memory_only_where_they_fit(monkeypatch):
 
 def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--precision", "auto"]
-    for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this training began")):
+    for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this run began")):
         monkeypatch.setattr(training, "choose_precision", lambda device, measured=measured: (measured, "it is"))
         assert training.main(command) == 0
         assert capsys.readouterr().out.startswith(line)
@@ -85,17 +84,8 @@ def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch
         training.main([*command, "--precision", "fp32"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 15, 16, 17, 64, 1000])
-def test_every_place_in_a_batch_is_in_one_group(batch_size):
-    groups = pick_groups(batch_size)
-    assert np.concatenate(groups).tolist() == list(range(batch_size))
-    assert len(groups) <= 8
-    assert len({len(group) for group in groups[:-1]}) <= 1
-
-
-def test_two_processes_train_as_one(processed, tmp_path):
-    """Batch norm over both, each slice validated once, one model: all shows in the losses."""
-    # groups of 16, 16 and 3: the processes cut one in two
+def test_two_processes_train_one_model(processed, tmp_path):
+    """Their random numbers differ from those of one process, their batches do not: the losses are close."""
     flags = ["--data", str(processed), *TINY, "--batch-size", "35", "--steps", "5"]
     assert training.main([*flags, "--run", str(tmp_path / "one")]) == 0
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--"]
@@ -105,8 +95,9 @@ def test_two_processes_train_as_one(processed, tmp_path):
     rows = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
     assert load_model(tmp_path / "two/model.pt")[1]["step"] > 0
     for one, two in zip(*rows, strict=True):
-        for column in ("train_loss", "val_loss"):
-            assert float(two[column]) == pytest.approx(float(one[column]), rel=0.02)
+        assert one["step"] == two["step"]
+        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.2)
+        assert float(two["val_loss"]) == pytest.approx(float(one["val_loss"]), rel=0.2)
 
 
 def test_second_run_does_nothing_and_other_flags_are_refused(processed, run, capsys):
@@ -125,7 +116,7 @@ def test_a_run_is_trained_again_by_its_own_config_in_silence(processed, run, tmp
     assert (again / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
 
 
-def test_tensorboard_shows_test_blobs_and_losses(run):
+def test_tensorboard_shows_reconstructions_and_losses(run):
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert {"train_loss", "val_loss", "slices_per_s"} <= set(board.Tags()["scalars"])
     pictures = board.Images("reconstructions")
@@ -157,7 +148,7 @@ def test_split_by_subject(processed, tmp_path):
         assert not {s.subject for s in train} & {s.subject for s in validation}
 
 
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2)])
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2), (0.95, 2)])
 def test_the_share_set_aside_is_one_of_subjects(processed, tmp_path, fraction, held_out):
     shutil.copytree(processed / "train", tmp_path / "data/train")
     train, validation = find_training_scans(tmp_path / "data", fraction, 0)
@@ -237,19 +228,19 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(p
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "60"]  # rows at 12, 24, …
     train_step = Trainer.train_step
 
-    def spoil(self, clean, steps=(29,)):
+    def break_weights(self, clean, steps=(29,)):
         if self.step in steps:
             next(self.model.parameters()).data.fill_(math.nan)
         return train_step(self, clean)
 
-    monkeypatch.setattr(Trainer, "train_step", spoil)
+    monkeypatch.setattr(Trainer, "train_step", break_weights)
     with pytest.raises(DataError, match=r"not a number at step 30; last\.pt holds step 24"):
         training.main(command)
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert state["step"] == 24
     assert all(values.isfinite().all() for values in state["model"].values())
     assert not (tmp_path / "run/model.pt").exists()
-    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: spoil(self, clean, steps=(0,)))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: break_weights(self, clean, steps=(0,)))
     with pytest.raises(DataError, match="not a number at step 1; nothing was saved yet"):
         training.main([*command, "--run", str(tmp_path / "other")])
 
@@ -274,14 +265,14 @@ def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypa
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step
 
-    def spoil(self, clean):
+    def break_weights(self, clean):
         loss = train_step(self, clean)
         if self.step == 2:
             next(self.model.parameters()).data.fill_(math.inf)
             signal.raise_signal(signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(Trainer, "train_step", spoil)
+    monkeypatch.setattr(Trainer, "train_step", break_weights)
     with pytest.raises(DataError, match="weights are not numbers after step 2"):
         training.main(command)
     assert not (tmp_path / "run/last.pt").exists()
