@@ -344,6 +344,7 @@ def test_a_planted_lesion_stands_out_of_its_surroundings():
 
 def test_an_empty_stack_has_no_anomaly():
     empty = np.zeros((2, 32, 32), np.float32)
+    assert (find_residual(empty, empty, (2.0, 1.5)) == 0).all()
     mapped = make_map(empty, empty, (2.0, 1.5), make_calibration())
     assert np.isnan(mapped).all()
     assert score_scan(torch.from_numpy(mapped)) == 0
