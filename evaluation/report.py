@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from common.files import write_atomically
-from evaluation.examiner import DETECTORS, Examined
-from evaluation.maps import locate_stack
 from evaluation.metrics import VOLUME_BINS
+from evaluation.predictor import DETECTORS, Prediction
+from evaluation.results import Results
 from evaluation.table import COLUMNS, describe_counts, format_figure
 from preprocessing.scans import LABELS
 
@@ -54,9 +54,7 @@ HEADS = {  # column of the table: (what it sorts by first, whether narrow screen
 def write_report(
     out: Path,
     content: dict,
-    scans: list[dict],
-    slices: list[dict],
-    regions: list[dict],
+    results: Results,
     pictures: dict[str, str],
     viewers: dict[tuple[str, str], str],
 ) -> None:
@@ -64,6 +62,7 @@ def write_report(
 
     pictures: {file name: what it shows}; viewers: {(label, scan): page} of `make_viewer`.
     """
+    scans, slices, regions = results.scans, results.slices, results.regions
     worst = {}
     for row in sorted(slices, key=lambda row: row["score"]):
         worst[row["label"], row["scan"]] = row["slice"]
@@ -115,16 +114,16 @@ def embed(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
-def make_viewer(examined: Examined, threshold: float) -> str:
+def make_viewer(prediction: Prediction) -> str:
     """A page of its own: the anomaly map over the scan in three planes that follow the mouse (nilearn's `view_img`).
 
     Starts at the highest anomaly; what is below half the threshold is not drawn.
     """
     from nilearn.plotting import view_img  # here, because it is slow to import
 
-    scan = examined.scan
-    affine = locate_stack(scan.record)
-    anomaly = np.nan_to_num(examined.maps["score"]).transpose(2, 1, 0)
+    scan, threshold = prediction.scan, prediction.threshold
+    affine = scan.geometry.stack_affine
+    anomaly = np.nan_to_num(prediction.anomaly).transpose(2, 1, 0)
     peak = nib.affines.apply_affine(affine, np.unravel_index(anomaly.argmax(), anomaly.shape))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a map without anything above the threshold
@@ -154,7 +153,7 @@ def _make_results(content: dict) -> str:
             for detector, title in DETECTORS.items()
         ]
         parts.append(_make_table(["", *(COLUMNS[name] for name in names)], rows))
-    asked, flagged = content["settings"]["false_alarms"], []
+    asked, flagged = content["settings"]["false_positive_rate"], []
     for label in LABELS:
         if count := content["flagged"].get(label):
             flagged.append([f"{label} scans", _format_rate(count)])
