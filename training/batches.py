@@ -7,6 +7,7 @@ kept, so a run that was interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,15 +16,25 @@ import torch
 WARM_UP = 0.04  # share of the steps over which the learning rate rises
 
 
-def pick_batch(step: int, batch_size: int, slices: int, seed: int) -> np.ndarray:
-    """(batch_size,) indices of the slices of this step; each pass through all slices has an order of its own."""
+def pick_batch(step: int, batch_size: int, slices: Sequence[int], seed: int) -> np.ndarray:
+    """(batch_size,) indices of the slices of this step; each pass through a scanner's slices has an order of its own.
+
+    slices  how many each scanner has, one after the other; the scanners take turns, so each is drawn equally often
+    """
     places = step * batch_size + np.arange(batch_size)
-    return np.array([_shuffle(slices, seed, int(place // slices))[place % slices] for place in places])
+    first = np.concatenate([[0], np.cumsum(slices)])
+    return np.array([_pick(int(place), slices, first, seed) for place in places])
 
 
-@lru_cache(maxsize=2)
-def _shuffle(slices: int, seed: int, number: int) -> np.ndarray:
-    return np.random.default_rng([seed, number]).permutation(slices)
+def _pick(place: int, slices: Sequence[int], first: np.ndarray, seed: int) -> int:
+    number, scanner = divmod(place, len(slices))
+    count = slices[scanner]
+    return int(first[scanner] + _shuffle(count, seed, number // count, scanner)[number % count])
+
+
+@lru_cache(maxsize=64)
+def _shuffle(slices: int, seed: int, number: int, scanner: int) -> np.ndarray:
+    return np.random.default_rng([seed, number, scanner]).permutation(slices)
 
 
 def seed_generator(device: torch.device, *numbers: int) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +26,7 @@ class SliceDataset(Dataset):
     An item is one slice, (C, size, size) float32 in [0, 1], on the device; a list of indices gives a batch
     (B, C, size, size). Raises DataError if scans were preprocessed differently or a slice cannot be read.
 
+    scans              of one scanner after the other: those of a scanner lie in one folder of the store
     in_memory          hold all slices in the memory of the device (190 MB for 5,800 slices), or read them from disk
     neighbour_offsets  of a model: from the slice spacing in mm, which slices are the C channels, counted from the
                        item's own. At the ends of a stack the last slice replaces those beyond
@@ -39,6 +40,10 @@ class SliceDataset(Dataset):
         neighbour_offsets: FindNeighbours = see_no_neighbours,
     ):
         check_same_settings(scans)
+        by_scanner = Counter()
+        for scan in scans:
+            by_scanner[scan.folder.parents[2]] += len(scan.indices)
+        self.slices_by_scanner = tuple(by_scanner.values())
         self.scans, self.device = scans, torch.device(device)
         self.offsets = np.array([neighbour_offsets(scan.geometry.slice_spacing_mm) for scan in scans])  # (scans, C)
         self.ends = np.cumsum([len(scan.indices) for scan in scans])

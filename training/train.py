@@ -105,7 +105,8 @@ def settle_precision(asked: str, state: dict | None, device: torch.device) -> st
 def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     """Train one run to its end, from the start or from where it was."""
     run = args.run
-    scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
+    parts = [find_training_scans(data, config["val_fraction"], config["seed"]) for data in args.data]
+    scans = tuple([scan for part in parts for scan in part[i]] for i in (0, 1))
     config["network"]["size"] = scans[0][0].size
     config["train_subjects"], config["val_subjects"] = (sorted({scan.subject for scan in part}) for part in scans)
     with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
@@ -159,7 +160,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", type=Path, default=Path("Dataset/processed"), help="slices of preprocess_oasis.py")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[Path("Dataset/processed")], metavar="FOLDER",
+        help="slices of preprocess_oasis.py; a folder for each scanner, which are drawn from equally often",
+    )  # fmt: skip
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
     parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
@@ -209,7 +213,7 @@ def configure(args: argparse.Namespace, device: torch.device) -> dict:
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     return {
-        "data": str(args.data), "network": network, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
+        "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
         "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type, "precision": args.precision,
         "deterministic": args.deterministic,
     }  # fmt: skip

@@ -87,7 +87,7 @@ class Trainer:
         """This process's healthy slices of each step, from the current step on."""
         config, shard = self.config, distributed.shard(self.config["batch_size"])
         yield from self.train.read_batches(
-            pick_batch(step, config["batch_size"], len(self.train), config["seed"])[shard]
+            pick_batch(step, config["batch_size"], self.train.slices_by_scanner, config["seed"])[shard]
             for step in range(self.step, config["steps"])
         )
 
