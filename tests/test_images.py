@@ -120,7 +120,7 @@ def test_voxels_have_a_size_that_a_brain_scan_can_have(size_mm, fits, axis, tmp_
     if fits:
         read_image(tmp_path / "a.nii")
     else:
-        with pytest.raises(DataError, match="claims voxels of .*correct the header"):
+        with pytest.raises(DataError, match=r"claims voxels of .*correct the header"):
             read_image(tmp_path / "a.nii")
 
 
