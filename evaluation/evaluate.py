@@ -48,7 +48,7 @@ from evaluation.report import VIEWERS, make_viewer, write_report
 from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
 from models import distributed
 from models.anomaly import count_needed
-from models.artifacts import write_atomically, write_table
+from models.artifacts import write_atomically, write_figure, write_table
 from models.checkpoint import CheckpointError
 from models.memory import keep_freed_memory
 from preprocessing.layouts import CONTRAST, ENDINGS
@@ -320,7 +320,7 @@ def draw_scan(out: Path, examined: Examined, rows: list[dict], row: dict, panels
     scan = examined.scan
     title = f"{scan.name} ({scan.label})"
     scored = f"{title}: score {row['score']:.1f}, p {row['p_value']:.3f}"
-    draw_montage(out / "montages" / scan.label / f"{scan.name}.png", examined, scored, threshold)
+    write_figure(out / "montages" / scan.label / f"{scan.name}.png", draw_montage(examined, scored, threshold))
     count = {"worst": 1, "all": len(rows)}.get(panels) or int(panels)
     for i in rank_slices(rows)[:count]:
         title_of_slice = (
@@ -328,7 +328,7 @@ def draw_scan(out: Path, examined: Examined, rows: list[dict], row: dict, panels
             f"MSE {rows[i]['mse']:.5f}"
         )
         path = out / "error_maps" / scan.label / f"{scan.name}_slice_{rows[i]['slice']:03d}.png"
-        draw_panels(path, examined, [i], title_of_slice, threshold)
+        write_figure(path, draw_panels(examined, [i], title_of_slice, threshold))
 
 
 def rank_slices(rows: list[dict]) -> list[int]:
@@ -350,19 +350,20 @@ def draw_figures(out: Path, evaluation: Evaluation, content: dict) -> dict[str, 
                 title: tuple(content["figures"][name][f"{one}_{figure}"] for figure in ("auroc", "ap"))
                 for name, title in DETECTORS.items()
             }
-            draw_curves(out / f"curves_{level}.png", labels, scores, measured, level)
+            write_figure(out / f"curves_{level}.png", draw_curves(labels, scores, measured, level))
             pictures[f"curves_{level}.png"] = f"ROC and precision-recall curves of {level}"
         columns = {"score": f"score of {level}", "mse": f"reconstruction MSE of {level}"}
         mark = calibration[f"{one}_score"]
         marks = {"score": (mark, f"above: p ≤ {asked:g}")} if mark is not None else {}
-        draw_histograms(out / f"histograms_{level}.png", rows, columns, marks)
+        write_figure(out / f"histograms_{level}.png", draw_histograms(rows, columns, marks))
         pictures[f"histograms_{level}.png"] = f"Histograms of the scores of {level} by label"
     if "dice" in content["figures"]["score"]:
         lesions = f"{counts['lesions']} lesions, {len(evaluation.scans)} scans, {counts['subjects']} subjects"
-        draw_dice(out / "dice.png", *evaluation.voxels["score"].dice_curve(), threshold, lesions)
+        curve, reached = evaluation.voxels["score"].dice_curve(), content["figures"]["score"]["dice"]["value"]
+        write_figure(out / "dice.png", draw_dice(*curve, threshold, reached, lesions))
         pictures["dice.png"] = "Dice of the anomaly map against its threshold, the calibrated one marked"
     if content["detectability"]:
-        draw_detectability(out / "detectability.png", content["detectability"])
+        write_figure(out / "detectability.png", draw_detectability(content["detectability"]))
         pictures["detectability.png"] = "Share of lesions found and their Dice by " + " and by ".join(
             content["detectability"]
         )
@@ -371,12 +372,12 @@ def draw_figures(out: Path, evaluation: Evaluation, content: dict) -> dict[str, 
         for level, rows in (("scans", evaluation.scans), ("slices", evaluation.slices))
     }
     if len(normal["scans"]):
-        draw_calibration(out / "calibration.png", normal, asked)
+        write_figure(out / "calibration.png", draw_calibration(normal, asked))
         pictures["calibration.png"] = "How often normal scans have a small p-value, against what was promised"
     if "normal_by_age" in flagged:
         mark = calibration["scan_score"]
         rows = [row for row in evaluation.scans if row["label"] == "normal"]
-        draw_ages(out / "age.png", rows, None if mark is None else (mark, f"above: p ≤ {asked:g}"))
+        write_figure(out / "age.png", draw_ages(rows, None if mark is None else (mark, f"above: p ≤ {asked:g}")))
         pictures["age.png"] = "Scores of normal scans against age"
     return pictures
 
@@ -459,7 +460,7 @@ def examine_file(args: argparse.Namespace, examiner: Examiner, path: Path, mask:
     write_maps(out / scan.name, native, affine, examiner.threshold)
     shown = choose_apart(rows, scan)
     title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its most unusual slices"
-    draw_panels(out / f"{scan.name}.png", examined, shown, title, examiner.threshold)
+    write_figure(out / f"{scan.name}.png", draw_panels(examined, shown, title, examiner.threshold))
     known = len(examiner.calibration["scan_scores"])
     reason = explain_no_flag(args.false_alarms, known)
     verdict = "no verdict" if reason else "unusual" if row["flagged"] else "not unusual"

@@ -1,15 +1,11 @@
-"""The figures of an evaluation as PNG: curves, histograms, detectability, calibration, age and sex."""
+"""The figures of an evaluation: curves, histograms, detectability, calibration, age and sex."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
-
-from models.artifacts import write_figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
@@ -19,8 +15,8 @@ SEX_MARKERS = {"F": "o", "M": "s", None: "D"}
 
 
 def draw_curves(
-    path: Path, labels: np.ndarray, scores: dict[str, np.ndarray], figures: dict[str, tuple[dict, dict]], what: str
-) -> None:
+    labels: np.ndarray, scores: dict[str, np.ndarray], figures: dict[str, tuple[dict, dict]], what: str
+) -> plt.Figure:
     """ROC and precision-recall curves of several scores, (n,) each, over the same labels (n,) bool.
 
     figures: (AUROC, average precision) of each, with its interval, for the legend.
@@ -47,10 +43,10 @@ def draw_curves(
         axis.legend(
             frameon=False, fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
-    write_figure(path, figure)
+    return figure
 
 
-def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str], marks: dict[str, tuple[float, str]]) -> None:
+def draw_histograms(rows: list[dict], columns: dict[str, str], marks: dict[str, tuple[float, str]]) -> plt.Figure:
     """Histograms of columns ({name: axis label}) of score rows by label; marks: {name: (score, what it is)}."""
     figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), layout="constrained", squeeze=False)
     for axis, (column, name) in zip(axes[0], columns.items(), strict=True):
@@ -67,16 +63,15 @@ def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str], marks
         axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel=name, ylabel="how many", title=name)
         axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_dice(path: Path, thresholds: np.ndarray, dice: np.ndarray, calibrated: float, counts: str) -> None:
-    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one marked."""
+def draw_dice(thresholds: np.ndarray, dice: np.ndarray, calibrated: float, reached: float, counts: str) -> plt.Figure:
+    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one and what it reaches."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     axis.plot(thresholds, dice, color=COLOURS[0])
     best = int(dice.argmax())
-    at = float(dice[max(0, int((thresholds >= calibrated).sum()) - 1)])
-    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {at:.3f}")
+    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {reached:.3f}")
     axis.plot(
         thresholds[best], dice[best], "o", color=COLOURS[1], label=f"best, an upper bound: {dice[best]:.3f}", zorder=3
     )
@@ -89,10 +84,10 @@ def draw_dice(path: Path, thresholds: np.ndarray, dice: np.ndarray, calibrated: 
     )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_detectability(path: Path, by: dict[str, list[dict]]) -> None:
+def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
     """Recall and mean Dice of lesions in groups; by: {what the groups are: as `measure_detectability` gives them}."""
     figure, axes = plt.subplots(1, len(by), figsize=(5.6 * len(by), 4), layout="constrained", squeeze=False)
     for axis, (what, groups) in zip(axes[0], by.items(), strict=True):
@@ -116,10 +111,10 @@ def draw_detectability(path: Path, by: dict[str, list[dict]]) -> None:
         )
         axis.grid(alpha=0.3, axis="y")
         axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: float) -> None:
+def draw_calibration(p_values: dict[str, np.ndarray], false_alarms: float) -> plt.Figure:
     """How often normal test scans and slices ({"scans": (n,), ...}) have a p-value of at most alpha, over alpha.
 
     A promise kept lies on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
@@ -143,10 +138,10 @@ def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: 
     )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_ages(path: Path, rows: list[dict], mark: tuple[float, str] | None) -> None:
+def draw_ages(rows: list[dict], mark: tuple[float, str] | None) -> plt.Figure:
     """The scores of normal scans against age, a mark for each sex; mark: (the score above which a scan is flagged, its
     name)."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
@@ -159,4 +154,4 @@ def draw_ages(path: Path, rows: list[dict], mark: tuple[float, str] | None) -> N
     axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the usual residual")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure

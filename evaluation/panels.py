@@ -6,8 +6,6 @@ residual's at RESIDUAL_TOP. Grey is what was not scored; the lesion's outline, w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +14,6 @@ from matplotlib.colors import Normalize, to_rgb
 from scipy import ndimage
 
 from evaluation.examiner import Examined
-from models.artifacts import write_figure
 
 ANOMALY_COLOURS = matplotlib.colormaps["inferno"]  # rises in lightness, so it reads in grey and for the colour-blind
 RESIDUAL_COLOURS = matplotlib.colormaps["PuOr_r"].with_extremes(bad="0.5")
@@ -25,7 +22,6 @@ NOT_SCORED = 0.5  # grey
 LESION_COLOUR = "#56B4E9"
 ANOMALY_LABEL = "anomaly, times the usual residual"
 COLUMNS = 8  # of a montage
-DPI = 110
 
 
 def overlay(slice_: np.ndarray, anomaly: np.ndarray, top: float) -> np.ndarray:
@@ -37,7 +33,7 @@ def overlay(slice_: np.ndarray, anomaly: np.ndarray, top: float) -> np.ndarray:
     return np.where(np.isfinite(anomaly)[..., None], mixed, NOT_SCORED)
 
 
-def draw_panels(path: Path, examined: Examined, shown: list[int], title: str, threshold: float) -> None:
+def draw_panels(examined: Examined, shown: list[int], title: str, threshold: float) -> plt.Figure:
     """Kept slices of a scan, a row each: slice, reconstruction, signed residual, anomaly map over the slice."""
     # Places by hand, in inches: a layout engine takes longer than all the rest, and pictures should be alike.
     width, side, top = 12.6, 2.57, 0.6
@@ -66,7 +62,7 @@ def draw_panels(path: Path, examined: Examined, shown: list[int], title: str, th
             text = f"slice {examined.scan.indices[i]}"
             axes[0].text(0.03, 0.97, text, color="white", transform=axes[0].transAxes, va="top")
     figure.suptitle(title, fontsize=11, y=1 - 0.05 / height, parse_math=False)
-    write_figure(path, figure)
+    return figure
 
 
 def _draw_row(axes: list[plt.Axes], examined: Examined, i: int, top: float):
@@ -89,7 +85,7 @@ def _draw_row(axes: list[plt.Axes], examined: Examined, i: int, top: float):
     return drawn
 
 
-def draw_montage(path: Path, examined: Examined, title: str, threshold: float) -> None:
+def draw_montage(examined: Examined, title: str, threshold: float) -> plt.Figure:
     """All kept slices of a scan from the lowest to the highest, at most 48 of them, with the anomaly map over each."""
     scan = examined.scan
     shown = np.unique(np.linspace(0, len(scan.indices) - 1, 48).round().astype(int))
@@ -115,7 +111,7 @@ def draw_montage(path: Path, examined: Examined, title: str, threshold: float) -
         axis.text(x * wide, tall / 2, side, fontsize=10, color="black", ha="center", va="center", weight="bold")
     _draw_anomaly_bar(figure, figure.add_axes((10.1 / width, 0.15, 0.014, 0.7)), threshold)
     figure.text(0.005, 1 - 0.22 / (height + top), title, fontsize=10, va="center", parse_math=False)
-    write_figure(path, figure)
+    return figure
 
 
 def find_crop(brain: np.ndarray, margin: int = 5) -> tuple[slice, slice]:
