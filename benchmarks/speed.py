@@ -40,11 +40,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.device import keep_freed_memory
 from models import anomaly
 from models.anomaly import calibrate, map_anomalies, reconstruct
 from models.autoencoder import MODELS, convolution_block, take_middle
 from models.checkpoint import build_model
-from models.memory import keep_freed_memory
 from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
 from training.trainer import LOOK_EVERY, Trainer, choose_precision, make_pair, seed_generator, sum_squares
 

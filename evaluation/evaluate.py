@@ -23,6 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import distributed
+from common.cli import list_flags, parse_flags, read_axes, silence
+from common.device import keep_freed_memory
+from common.files import write_atomically, write_figure, write_table
 from evaluation.examiner import DETECTORS, Examined, Examiner, OpenScan, open_scan
 from evaluation.figures import (
     draw_ages,
@@ -46,14 +50,10 @@ from evaluation.metrics import (
 from evaluation.panels import draw_montage, draw_panels
 from evaluation.report import VIEWERS, make_viewer, write_report
 from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
-from models import distributed
 from models.anomaly import count_needed
-from models.artifacts import write_atomically, write_figure, write_table
 from models.checkpoint import CheckpointError
-from models.memory import keep_freed_memory
 from preprocessing.layouts import CONTRAST, ENDINGS
 from preprocessing.scans import LABELS, DataError, name_scan
-from preprocessing.settings import list_flags, parse_flags, read_axes, silence
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from preprocessing.volume import restore_to_grid
 
@@ -192,7 +192,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> int:
     check_same_settings(scans, examiner.slices)
     examiner.refuse_seen(scans)
     kinds = read_kinds(args.lesions) if args.lesions else {}
-    with hold_folder(out, "--out") if distributed.is_first() else contextlib.nullcontext():
+    with hold_folder(out, "--out") if distributed.is_main() else contextlib.nullcontext():
         return fill_folder(out, examiner, scans, kinds, args)
 
 
@@ -211,17 +211,17 @@ def fill_folder(
     }
     settings |= {key: getattr(args, key) for key in ("maps", "bids", "panels", "false_alarms", "smallest_ml")}
     done = out / "metrics.json"
-    if content := distributed.agree(clear_folder(out, settings) if distributed.is_first() else None):
+    if content := distributed.broadcast(clear_folder(out, settings) if distributed.is_main() else None):
         print(f"{out} holds this evaluation already; delete it to evaluate again")
         print_figures(content)
         return 3 if content["counts"]["skipped"] else 0
     evaluation, skipped = Evaluation(kinds), 0
-    if args.bids and distributed.is_first():
+    if args.bids and distributed.is_main():
         write_bids_description(out / "bids", str(data), settings["model"])
     bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans] if args.bids else [])
-    silent = args.quiet or None if distributed.is_first() else True
+    silent = args.quiet or None if distributed.is_main() else True
     with tqdm(total=len(scans), desc="evaluating", unit="scan", disable=silent) as bar:
-        for first in range(0, len(scans), distributed.count()):
+        for first in range(0, len(scans), distributed.world_size()):
             own, found = first + distributed.rank(), None
             if own < len(scans):
                 bids_name = bids_names[own] if args.bids else None
@@ -229,14 +229,14 @@ def fill_folder(
                     found = examine_stored(out, examiner, scans[own], kinds, bids_name, args)
                 except DataError as error:
                     found = error
-            for part in distributed.gather(found):
+            for part in [found]:
                 if isinstance(part, Evaluation):
                     evaluation.join(part)
                 elif part:
                     tqdm.write(f"skipped {part}", file=sys.stderr)
                     skipped += 1
                 bar.update(part is not None)
-    if not distributed.is_first():
+    if not distributed.is_main():
         return 0
     if not evaluation.scans:
         raise DataError(f"{data}: not one of its {len(scans)} scans could be read; preprocess again")
@@ -558,16 +558,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
-    if args.scan and distributed.count() > 1:
+    if args.scan and distributed.world_size() > 1:
         parser.error("--scan is for one process; run it without torchrun")
     keep_freed_memory()
-    silent = args.quiet or args.json or not distributed.is_first()
+    silent = args.quiet or args.json or not distributed.is_main()
     with distributed.join(device) as device, silence(silent):
         if args.scan:
             code, content = examine_files(args, device)
         else:
             code, content = evaluate(args, device), None
-    if args.json and distributed.is_first():
+    if args.json and distributed.is_main():
         out = args.out or args.run / "evaluation"
         print(json.dumps(content, indent=1) if content else (out / "metrics.json").read_text())
     return code
@@ -577,4 +577,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, CheckpointError, OSError) as error:
-        sys.exit(str(error) if distributed.is_first() else 1)
+        sys.exit(str(error) if distributed.is_main() else 1)

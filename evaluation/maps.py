@@ -13,8 +13,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy import ndimage
 
+from common.files import write_atomically
 from models.anomaly import find_regions
-from models.artifacts import write_atomically
 
 MIDLINE_MM = 5.0  # a region whose centre is nearer to the middle of the brain is on neither side
 BIDS_VERSION = "1.10.0"

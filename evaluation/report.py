@@ -18,11 +18,11 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
+from common.files import write_atomically
 from evaluation.examiner import DETECTORS, Examined
 from evaluation.maps import locate_stack
 from evaluation.metrics import VOLUME_BINS
 from evaluation.table import COLUMNS, describe_counts, format_figure
-from models.artifacts import write_atomically
 from preprocessing.scans import LABELS
 
 VIEWERS = 4  # of the scans with the highest scores; one takes up to 1 MB

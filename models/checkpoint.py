@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.artifacts import write_atomically
+from common.cli import DataError
+from common.files import write_atomically
 from models.autoencoder import MODELS
 
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message is one line that names the file and the cure."""
+CheckpointError = DataError
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

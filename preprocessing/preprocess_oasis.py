@@ -29,12 +29,12 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
+from common.cli import list_flags, parse_flags, read_axes, silence
 from preprocessing.clinical import read_clinical
 from preprocessing.cohort import label_scans, refuse_mixture, split_subjects
 from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.layouts import LAYOUTS
 from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
-from preprocessing.settings import list_flags, parse_flags, read_axes, silence
 from preprocessing.slices import clear_leftovers, hold_folder, list_scans
 from preprocessing.worker import FORMAT, preprocess_scan
 

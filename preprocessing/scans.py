@@ -8,16 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import DataError as DataError
 from preprocessing.layouts import CONTRAST, ENDINGS, LAYOUTS, arrange, recognise, strip_ending
 from preprocessing.layouts import name_subject as name_subject
 
 SPLITS = ("train", "val", "test")
 LABELS = ("normal", "abnormal")
 TREE = "split/label tree"
-
-
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message is one line that names the file and the cure."""
 
 
 @dataclass(frozen=True)

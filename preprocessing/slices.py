@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common.files import hold_folder as hold_folder
 from preprocessing.scans import LABELS, DataError
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
@@ -175,27 +175,6 @@ def check_same_settings(scans: list[ScanSlices], like: dict | None = None) -> di
                 "preprocess all scans the same way"
             )
     return first
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path, flag: str) -> Iterator[None]:
-    """Keep other processes from working in this folder at the same time: DataError for the second.
-
-    It is the system's own lock on `<folder>/.lock`, which dies with its holder, however that ends. `flag` is what the
-    user gives another folder with, such as "--run".
-    """
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise DataError(f"{folder}: another process works in it; wait for its end or give another {flag}") from error
-    except (OSError, NotImplementedError) as error:
-        raise DataError(f"{folder}: cannot be written ({error}); give another {flag}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class SliceDataset(Dataset):

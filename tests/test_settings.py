@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import list_flags, parse_flags
 from preprocessing.preprocess_oasis import main as preprocess
-from preprocessing.settings import list_flags, parse_flags
 
 
 def make_parser() -> argparse.ArgumentParser:

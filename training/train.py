@@ -21,17 +21,16 @@ if not __package__:
 
 import numpy as np
 import torch
-from psutil import virtual_memory
 
-from models import distributed
-from models.artifacts import write_atomically
+from common import distributed
+from common.cli import list_flags, parse_flags, silence
+from common.device import choose_precision, fits_in_memory, keep_freed_memory
+from common.files import write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
-from models.memory import keep_freed_memory
 from preprocessing.scans import DataError, refuse_leaks
-from preprocessing.settings import list_flags, parse_flags, silence
 from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
-from training.trainer import Trainer, choose_precision
+from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # measured in EXPERIMENTS.md
@@ -62,14 +61,6 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
     )
     check_same_settings(train + validation)
     return train, validation
-
-
-def fits_in_memory(slices: int, size: int, device: torch.device) -> tuple[bool, str]:
-    """(whether so many slices take at most half of the memory that is free, how much they take and is free)."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
-    free = free // (1 if device.type == "cuda" else distributed.count_here())
-    need = slices * size**2 * 2
-    return need <= free / 2, f"{need / 1e9:.2f} GB of slices, {free / 1e9:.1f} GB free"
 
 
 def read_commit() -> str:
@@ -105,15 +96,15 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     config["train_subjects"] = sorted({scan.subject for scan in train_scans})
     config["val_subjects"] = sorted({scan.subject for scan in validation_scans})
     asked = config["precision"]
-    with hold_folder(run, "--run") if distributed.is_first() else nullcontext():
-        state = distributed.agree(load_state(run, config) if distributed.is_first() else None)
+    with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
+        state = distributed.broadcast(load_state(run, config) if distributed.is_main() else None)
         if state and (run / "model.pt").exists():
             say(f"{run} is trained already ({config['steps']} steps); delete it to train again")
             return
         if state:
             config["precision"], why = state["config"]["precision"], "as this training began"
         elif asked == "auto":
-            config["precision"], why = distributed.agree(choose_precision(device))
+            config["precision"], why = distributed.broadcast(choose_precision(device))
         else:
             why = "as asked for"
         say(f"{config['precision']} on {device.type}: {why}")
@@ -122,7 +113,7 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
         in_memory = fits if in_memory is None else in_memory
         say(f"slices {'held in memory' if in_memory else 'read from disk ahead of need'}: {why}")
         try:
-            if distributed.is_first():
+            if distributed.is_main():
                 about = {"flags": list_flags(args), "commit": read_commit()}
                 about |= {"torch": torch.__version__, "python": platform.python_version()}
                 write_atomically(run / "config.json", json.dumps(config | about, indent=1).encode())
@@ -137,7 +128,7 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
                 f"{len(config['val_subjects'])} subjects, {config['steps']} steps"
             )
             trainer.fit(run)
-            if distributed.is_first():
+            if distributed.is_main():
                 trainer.finish(run)
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
@@ -150,7 +141,7 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
 
 def say(text: str) -> None:
     """Print a line, once whatever the number of processes."""
-    if distributed.is_first():
+    if distributed.is_main():
         print(text, flush=True)
 
 
@@ -213,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     keep_freed_memory()
     with distributed.join(device) as device, silence(args.quiet):
-        if args.batch_size < distributed.count():
+        if args.batch_size < distributed.world_size():
             raise DataError(f"--batch-size {args.batch_size} is less than a slice for each process; raise it")
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
@@ -227,8 +218,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (DataError, CheckpointError, OSError) as error:
-        sys.exit(str(error) if distributed.is_first() else 1)
+        sys.exit(str(error) if distributed.is_main() else 1)
     except KeyboardInterrupt:
-        if distributed.is_first():
+        if distributed.is_main():
             print("stopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)

@@ -19,13 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models import distributed
+from common import distributed
+from common.device import choose_precision as choose_precision
+from common.files import write_figure, write_table
 from models.anomaly import calibrate, reconstruct, smooth_residual
-from models.artifacts import write_figure, write_table
 from models.autoencoder import take_middle
 from models.checkpoint import build_model, save_checkpoint
 from preprocessing.scans import DataError
@@ -37,30 +37,6 @@ LOOK_EVERY = 20  # steps between two looks at the losses: each makes a GPU wait
 SAVE_EVERY_S = 60.0  # between two saves within an epoch
 LARGEST_GRADIENT = 0.1  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
 SPOILED_TOGETHER = 16  # slices; a process corrupts whole groups of a batch, so its draws are those of one alone
-
-
-def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
-    """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several."""
-    images, channels, size = 16, 64, 32
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=precision)
-    layer = layer.to(memory_format=torch.channels_last)
-    values = torch.rand(images, channels, size, size, device=device, dtype=precision)
-    values = values.to(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.rand_like(values, memory_format=torch.channels_last)
-
-    def run() -> None:
-        torch.autograd.grad(layer(values), (values, layer.weight), gradient)
-
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    seconds = min(timer.blocked_autorange(min_run_time=0.2).times)
-    return 3 * 2 * images * size**2 * channels**2 * 9 / seconds / 1e9
-
-
-def choose_precision(device: torch.device) -> tuple[str, str]:
-    """("bf16" or "fp32", why): bf16 where convolutions are clearly faster in it on this machine."""
-    rates = [measure_convolution(device, precision) for precision in (torch.bfloat16, torch.float32)]
-    chosen = "bf16" if rates[0] > 1.2 * rates[1] else "fp32"
-    return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32 here"
 
 
 @lru_cache(maxsize=2)
@@ -130,8 +106,7 @@ class Trainer:
         self.silent = quiet or None  # None: where there is no terminal
         self.precision = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
         torch.manual_seed(config["seed"])
-        model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
-        self.model = distributed.share_statistics(model)
+        self.model = model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
         self.train, self.validation = (
             SliceDataset(scans, in_memory, device, model.find_neighbours) for scans in (train, validation)
         )
@@ -143,7 +118,7 @@ class Trainer:
         turn = math.ceil(len(self.train) / config["batch_size"])
         self.epoch_steps = min(max(turn, math.ceil(config["steps"] / 50)), math.ceil(config["steps"] / 5))
         self.groups = pick_groups(config["batch_size"])
-        self.own = distributed.own_part(config["batch_size"])
+        self.own = distributed.shard(config["batch_size"])
         self.own_groups = [g for g in range(len(self.groups)) if set(self.groups[g]) & set(self.own)]
         self.step, self.loss_sum, self.rows = 0, 0.0, []
         self.losses = []  # of the steps since the last look, on the device
@@ -182,12 +157,12 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
         squares, pixels = sum_squares(self.forward(self.network, source), target)
-        loss = squares / distributed.add(pixels)  # this process's part of it
+        loss = squares / distributed.all_reduce(pixels)  # this process's part of it
         self.optimiser.zero_grad()
-        (loss * distributed.count()).backward()  # of which the mean over the processes is taken
+        (loss * distributed.world_size()).backward()  # of which the mean over the processes is taken
         self.update_weights()
         self.step += 1
-        return distributed.add(loss.detach())
+        return distributed.all_reduce(loss.detach())
 
     def update_weights(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
@@ -198,7 +173,7 @@ class Trainer:
         """The loss over all validation slices, corrupted the same way each time; each process takes some batches."""
         self.model.eval()
         count, size = len(self.validation), self.config["batch_size"]
-        starts = range(0, count, size)[distributed.rank() :: distributed.count()]
+        starts = range(0, count, size)[distributed.rank() :: distributed.world_size()]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = self.validation.in_order(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
@@ -206,7 +181,7 @@ class Trainer:
             squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
             total += squares / pixels * len(clean)
         self.model.train()
-        return distributed.add(total).item() / count
+        return distributed.all_reduce(total).item() / count
 
     def state(self) -> dict:
         return {
@@ -226,7 +201,7 @@ class Trainer:
         SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is no number raises DataError.
         """
         steps, batches = self.config["steps"], self.read_batches()
-        silent = self.silent if distributed.is_first() else True
+        silent = self.silent if distributed.is_main() else True
         bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=silent)
         began, began_step, saved = time.perf_counter(), self.step, time.monotonic()
         self.model.train()
@@ -243,7 +218,7 @@ class Trainer:
                 if distributed.any_of(bool(caught)):
                     self.save(run)
                     bar.close()
-                    if distributed.is_first():
+                    if distributed.is_main():
                         print(f"stopped at step {self.step} of {steps}; the same command goes on", file=sys.stderr)
                     sys.exit(130)
                 self.losses.append(self.train_step(next(batches)))
@@ -275,7 +250,7 @@ class Trainer:
         self.look_at_losses(run)
         if not all(values.isfinite().all() for values in self.model.state_dict().values()):
             self.give_up(run, f"the weights are not numbers after step {self.step}")
-        if distributed.is_first():
+        if distributed.is_main():
             save_checkpoint(run / "last.pt", self.state())
         self.saved_step = self.step
 
@@ -290,7 +265,7 @@ class Trainer:
             weights = {key: value.clone() for key, value in self.model.state_dict().items()}
             self.best = {"val_loss": val_loss, "step": self.step, "weights": weights}
         self.save(run)
-        if distributed.is_first():
+        if distributed.is_main():
             _add_to_board(board, self.rows[-1])
             pictures = [np.concatenate(slices[:, ::-1], axis=1) for slices in self.show_test_blobs().values()]
             board.add_image("reconstructions", np.concatenate(pictures).clip(0, 1), self.step, dataformats="HW")
@@ -386,7 +361,7 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
 @contextlib.contextmanager
 def _open_board(run: Path, rows: list[dict]) -> Iterator[SummaryWriter | None]:
     """TensorBoard's events, with the rows that a resumed training has already; none but in the first process."""
-    if not distributed.is_first():
+    if not distributed.is_main():
         yield None
         return
     with SummaryWriter(run / "tensorboard", purge_step=0) as board:

@@ -1,22 +1,66 @@
-"""Flags from a file: `--config run.yaml` is as good as the same flags on the command line, which win.
+"""What all scripts share: flags, flags from a file, messages, exit codes, and the one error of bad data.
 
-The file is YAML or JSON and maps the flags' names (`false_alarms` or `false-alarms`) to their values. The records that
-the scripts leave (config.json, dataset.json, metrics.json) keep their flags under `flags`, where they are looked for
-first, so that a record can be given back as it is, whatever else it tells.
+`--config run.yaml` is as good as the same flags on the command line, which win. The file is YAML or JSON and maps the
+flags' names (`batch_size` or `batch-size`) to their values. The records that the scripts leave (config.json,
+dataset.json, metrics.json) keep their flags under `flags`, so that a record can be given back as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
+from tqdm import tqdm
 
 NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they change nothing that is left on disk
+
+log = logging.getLogger("brain-anomaly-autoencoder")
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message is one line that names the file and the cure."""
+
+
+class _Console(logging.Handler):
+    """Messages go to standard output, warnings and errors to standard error, above a progress bar if any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+
+
+def set_up_logging(quiet: bool) -> None:
+    """Print what is logged; only warnings and errors where `quiet`, and in all processes but the main one."""
+    log.handlers = [_Console()]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet or not _is_main() else logging.INFO)
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and end with its exit code: 0 done, 1 bad data, 2 wrong usage, 3 some scans skipped.
+
+    Bad data ends in one line on standard error; Ctrl-C and SIGTERM end in one line and the exit code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader of a long output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DataError, OSError) as error:
+        sys.exit(str(error) if _is_main() else 1)
+    except KeyboardInterrupt:
+        if _is_main():
+            print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +77,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 def list_flags(args: argparse.Namespace) -> dict:
     """The flags that made something, as plain values by name: what a record keeps under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-    return {name: _plain(value) for name, value in flags.items()}
+    return {name: _make_plain(value) for name, value in flags.items()}
 
 
 @contextlib.contextmanager
@@ -56,6 +100,11 @@ def read_axes(text: str) -> str:
     return axes
 
 
+def _is_main() -> bool:
+    """Whether this is the process that talks to the user; as in common/distributed.py, without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -> list[str]:
     """The file's flags as they would stand on the command line, but for those that stand there already."""
     try:
@@ -65,12 +114,13 @@ def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -
     flags = content.get("flags", content) if isinstance(content, dict) else None
     if not isinstance(flags, dict):
         parser.error(f"{path}: maps no flags to values; write lines such as `seed: 0`")
-    known = {action.dest: action for action in parser._actions}
+    known = {option[2:].replace("-", "_"): action for action in parser._actions for option in action.option_strings}
     arguments = []
     for name, value in flags.items():
         action = known.get(str(name).replace("-", "_"))
         if action is None or action.dest in ("help", "config"):
-            parser.error(f"{path}: {name} is no flag; there are {', '.join(sorted(known.keys() - {'help', 'config'}))}")
+            flag_names = sorted({action.dest for action in known.values()} - {"help", "config"})
+            parser.error(f"{path}: {name} is no flag; there are {', '.join(flag_names)}")
         option = action.option_strings[0]
         there = any(word.split("=")[0] in action.option_strings for word in given)
         if value is None or there:
@@ -84,7 +134,7 @@ def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -
     return arguments
 
 
-def _plain(value):
+def _make_plain(value):
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_make_plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value

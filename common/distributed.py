@@ -1,0 +1,101 @@
+"""One process or many: each function does the right thing in both, so that callers never branch.
+
+torchrun starts the processes and tells each in its environment who it is. They talk by NCCL about what is on CUDA
+devices and by gloo about the rest. Alone, a process talks to nobody and nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(days=1)  # the others wait for the main process while it calibrates and writes
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def join(device: torch.device) -> Iterator[torch.device]:
+    """Meet the processes that torchrun started with this one, if it did; yields the device that is this one's.
+
+    They part at the end of the block: all at once if it ends well, for one that leaves early can abort another that
+    still talks to it.
+    """
+    if world_size() == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield device
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(total: int) -> range:
+    """Which of `total` things in a row are this process's; the shards of all make up the whole, none twice."""
+    return range(rank() * total // world_size(), (rank() + 1) * total // world_size())
+
+
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes; no gradient goes through it."""
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(flag) if world_size() == 1 else bool(all_reduce(torch.tensor(float(flag))))
+
+
+def broadcast(value):
+    """The main process's value, for all."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def share_gradients(model: nn.Module) -> nn.Module:
+    """The model to train with: after backward each process has the mean of all processes' gradients.
+
+    On CUDA devices batch norm takes its statistics over the slices of all processes (torch's SyncBatchNorm, which
+    does not work on a CPU).
+    """
+    if world_size() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model)
