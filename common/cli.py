@@ -29,6 +29,13 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message is one line that names the file and the cure."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with defaults, but for flags that are left out or switched off by default; examples keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class _Console(logging.Handler):
     """Messages go to standard output, warnings and errors to standard error, above a progress bar if any."""
 

@@ -77,7 +77,7 @@ def draw_dice(thresholds: np.ndarray, dice: np.ndarray, calibrated: float, reach
     )
     axis.set(
         title=f"Dice of the anomaly map\n{counts}",
-        xlabel="threshold, times the usual residual",
+        xlabel="threshold, times the expected residual",
         ylabel="Dice",
         xlim=(0, 4 * calibrated),
         ylim=(0, None),
@@ -114,7 +114,7 @@ def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
     return figure
 
 
-def draw_calibration(p_values: dict[str, np.ndarray], false_alarms: float) -> plt.Figure:
+def draw_calibration(p_values: dict[str, np.ndarray], false_positive_rate: float) -> plt.Figure:
     """How often normal test scans and slices ({"scans": (n,), ...}) have a p-value of at most alpha, over alpha.
 
     A promise kept lies on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
@@ -128,7 +128,7 @@ def draw_calibration(p_values: dict[str, np.ndarray], false_alarms: float) -> pl
     for (what, values), colour, dash in zip(p_values.items(), COLOURS, DASHES, strict=False):
         share = np.searchsorted(np.sort(values), alphas, side="right") / len(values)
         axis.step(alphas, share, where="post", color=colour, linestyle=dash, label=f"{len(values)} normal {what}")
-    axis.axvline(false_alarms, color="black", linestyle=":", linewidth=1, label=f"asked: {false_alarms:g}")
+    axis.axvline(false_positive_rate, color="black", linestyle=":", linewidth=1, label=f"asked: {false_positive_rate:g}")
     axis.set(
         title="p-values of normal test scans",
         xlabel="alpha",
@@ -151,7 +151,7 @@ def draw_ages(rows: list[dict], mark: tuple[float, str] | None) -> plt.Figure:
             axis.plot(*zip(*known, strict=True), marker, color=colour, label=f"{sex or 'sex unknown'} ({len(known)})")
     if mark:
         axis.axhline(mark[0], color="black", linestyle=":", label=mark[1])
-    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the usual residual")
+    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the expected residual")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

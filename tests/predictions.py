@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from evaluation.examiner import Examined, Examiner, OpenScan
-from models.anomaly import calibrate, reconstruct
+from evaluation.predictor import DETECTORS, Prediction, Predictor
+from models.anomaly import reconstruct
+from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from models.checkpoint import build_model, load_model, save_checkpoint
-from preprocessing.slices import check_same_settings, list_scans
+from preprocessing.geometry import Geometry
+from preprocessing.store import LoadedScan, check_same_settings, list_scans
 
 SIZE, PIXEL_MM = 32, 4.0
-LEVELS, BINS = 16, 12  # of a calibration
 SETTINGS = {"size": SIZE, "format": 2, "skull_off": True, "keep": 0.7, "pixel_mm": PIXEL_MM}
 
 
-def make_prediction(threshold: float = 4.0, slices: int = 10, lesion: bool = True) -> Examined:
+def make_geometry(slices: int, first: int, size: int, spacing_mm: tuple, pixel_mm: float) -> Geometry:
+    """A stack in the middle of a scan of (40, 40, 200) voxels in RAS."""
+    affine = np.diag([*spacing_mm, 1.0]).tolist()
+    return Geometry(
+        shape=(40, 40, 200),
+        affine=tuple(map(tuple, affine)),
+        axes="RAS",
+        spacing_mm=spacing_mm,
+        centre=(19.5, 19.5),
+        pixel_mm=pixel_mm,
+        size=size,
+        slices=tuple(range(first, first + slices)),
+    )
+
+
+def make_scan(stack: np.ndarray | None = None, spacing_mm=(4.0, 4.0, 3.0), **changes) -> LoadedScan:
+    """A scan of 4 x 4 x 3 mm in memory; its slices are 20 and on."""
+    stack = make_stack() if stack is None else stack
+    geometry = make_geometry(len(stack), 20, SIZE, tuple(spacing_mm), PIXEL_MM)
+    scan = LoadedScan("a_T1w", "abnormal", "a", "a_T1w.nii.gz", stack, None, geometry, (0, 1, 1), True, brain_ml=1300)
+    return replace(scan, **changes)
+
+
+def make_prediction(threshold: float = 4.0, slices: int = 10, lesion: bool = True, **changes) -> Prediction:
     """Slices 50 and on of a disc of 0.6; in the fifth and the sixth a lesion left of the middle and towards the nose.
 
     The lesion is 0.3 brighter than its reconstruction, and its anomaly is twice the threshold; elsewhere that is 1.
@@ -28,26 +53,23 @@ def make_prediction(threshold: float = 4.0, slices: int = 10, lesion: bool = Tru
     mask[4:6, 40:46, 20:24] = True
     stack = np.where(mask, 0.9, disc).astype(np.float16)
     anomaly = np.where(disc > 0, np.where(mask, 2 * threshold, 1), np.nan).astype(np.float32)
-    record = {"slices": list(range(50, 50 + slices)), "spacing_mm": [2.0, 2.0, 2.0], "pixel_mm": 2.0}
-    scan = OpenScan("one", "abnormal", stack, mask if lesion else None, record)
-    return Examined(scan, disc.astype(np.float32), {"score": anomaly})
-
-
-def make_calibration(stack: np.ndarray | None = None, deviation: float = 0.1, **changes) -> dict:
-    """A calibration under which the anomaly map is the plain one; healthy intensities are those of `stack`."""
-    stack = make_stack() if stack is None else stack
-    places = np.rint(np.linspace(0, len(stack) - 1, LEVELS)).astype(int)
-    mean = torch.from_numpy(stack[places].astype(np.float32))
-    calibration = {
-        "expected": torch.full((2, LEVELS, SIZE, SIZE), 0.1),
-        "looks": torch.linspace(0, 1, BINS + 1)[1:-1].repeat(2, 1),
-        "by_look": torch.ones(2, BINS, BINS),
-        "intensity": torch.stack([mean, torch.full_like(mean, deviation)]),
-        "scan_scores": torch.linspace(1, 2, 39),
-        "slice_scores": torch.linspace(1, 2, 99),
-        "threshold": torch.tensor(3.0),
-    }
-    return calibration | changes
+    geometry = make_geometry(slices, 50, 64, (2.0, 2.0, 2.0), 2.0)
+    scan = LoadedScan(
+        "one", "abnormal", "s", "raw/one.nii.gz", stack, mask if lesion else None, geometry, (0, 1, 1), True
+    )
+    who = {"label": scan.label, "scan": scan.name, "subject": scan.subject}
+    scores = {"p_value": 0.1, **dict.fromkeys(DETECTORS, 5.0)}
+    prediction = Prediction(
+        scan=scan,
+        reconstruction=disc.astype(np.float32),
+        maps={"score": anomaly},
+        native_map=np.full((4, 5, 6), np.nan, np.float32),
+        regions=[],
+        slice_rows=[who | {"slice": 50 + i, "lesion_voxels": 0, **scores} for i in range(slices)],
+        scan_row=who | {"lesion_known": lesion, "flagged": False, "age": None, "sex": None, **scores},
+        threshold=threshold,
+    )
+    return replace(prediction, **changes)
 
 
 def make_stack(seed: int = 0, slices: int = LEVELS) -> np.ndarray:
@@ -58,27 +80,30 @@ def make_stack(seed: int = 0, slices: int = LEVELS) -> np.ndarray:
     return np.where(inside, values, 0).astype(np.float16)
 
 
-def make_scan(stack: np.ndarray | None = None, **record) -> OpenScan:
-    """A scan of 4 x 4 x 3 mm in memory."""
-    stack = make_stack() if stack is None else stack
-    told = {
-        "slices": list(range(20, 20 + len(stack))),
-        "spacing_mm": [4.0, 4.0, 3.0],
-        "pixel_mm": PIXEL_MM,
-        "skull_off": True,
-    }
-    return OpenScan("a_T1w", "abnormal", stack, None, told | record)
+def make_calibration(deviation: float = 0.1, **changes) -> Calibration:
+    """A calibration under which the anomaly map is the plain one; healthy intensities are those of `make_stack`."""
+    mean = torch.from_numpy(make_stack().astype(np.float32))
+    calibration = Calibration(
+        expected_residual=torch.full((2, LEVELS, SIZE, SIZE), 0.1),
+        texture_edges=torch.linspace(0, 1, TEXTURE_BINS + 1)[1:-1].repeat(2, 1),
+        texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS),
+        intensity=torch.stack([mean, torch.full_like(mean, deviation)]),
+        scan_scores=torch.linspace(1, 2, 39),
+        slice_scores=torch.linspace(1, 2, 99),
+        voxel_threshold=3.0,
+    )
+    return replace(calibration, **changes)
 
 
-def write_model(path: Path, calibration: dict | None = None, **changes) -> Path:
-    """A model.pt with an untrained model."""
+def write_model(path: Path, calibration: Calibration | None = None, **changes) -> Path:
+    """A model.pt with an untrained model; what is None is left out."""
     torch.manual_seed(0)
     config = {"model": "dae", "size": SIZE, "width": 8, "depth": 2}
     content = {
         "config": config,
         "weights": build_model(config).state_dict(),
         "slices": SETTINGS,
-        "calibration": calibration or make_calibration(),
+        "calibration": (calibration or make_calibration()).to_state(),
         "seen": [],
         "precision": "fp32",
     }
@@ -87,9 +112,12 @@ def write_model(path: Path, calibration: dict | None = None, **changes) -> Path:
     return path
 
 
-def make_predictor(folder: Path, calibration: dict | None = None, **changes) -> Examiner:
+def make_predictor(
+    folder: Path, calibration: Calibration | None = None, options: dict | None = None, **changes
+) -> Predictor:
     """A predictor with an untrained model and a calibration made by hand."""
-    return Examiner(write_model(folder / "model.pt", calibration, **changes), torch.device("cpu"), 4)
+    path = write_model(folder / "model.pt", calibration, **changes)
+    return Predictor.load(path, torch.device("cpu"), **{"batch_size": 4} | (options or {}))
 
 
 def write_untrained_run(folder: Path, processed: Path) -> Path:
@@ -100,8 +128,7 @@ def write_untrained_run(folder: Path, processed: Path) -> Path:
     model, _ = load_model(write_model(folder / "model.pt"))
     compared = []
     for scan in scans:
-        spacing_mm = scan.record["spacing_mm"][2], scan.record["pixel_mm"]
-        stack = scan.read_stack()
-        compared.append((stack, reconstruct(model, stack, spacing_mm[0]), spacing_mm))
-    write_model(folder / "model.pt", calibrate(compared), slices=settings, seen=seen)
+        stack, sampling_mm = torch.from_numpy(scan.read_stack()), scan.geometry.sampling_mm
+        compared.append((stack, reconstruct(model, stack, sampling_mm[0]), sampling_mm))
+    write_model(folder / "model.pt", Calibration.fit(compared), slices=settings, seen=seen)
     return folder

@@ -43,14 +43,14 @@ def find_outlines(axis: plt.Axes) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def draw_canvas(prediction, **changes) -> tuple[plt.Axes, np.ndarray]:
     """(the axis of a montage, its picture as it is seen, the first row on top)."""
-    (axis,) = find_pictures(draw_montage(replace(prediction, **changes), "a title with $ and _", THRESHOLD))
+    (axis,) = find_pictures(draw_montage(replace(prediction, **changes), "a title with $ and _"))
     assert axis.images[0].origin == "upper"
     return axis, np.asarray(axis.images[0].get_array())
 
 
 def test_a_panel_shows_slice_reconstruction_residual_and_anomaly():
-    prediction = make_prediction(THRESHOLD)
-    axes = find_pictures(draw_panels(prediction, [4], "title", THRESHOLD))
+    prediction = make_prediction()
+    axes = find_pictures(draw_panels(prediction, [4], "title"))
     assert [axis.get_title() for axis in axes] == ["slice", "reconstruction", "signed residual", "anomaly map"]
     shown = [axis.images[0].get_array() for axis in axes]
     np.testing.assert_allclose(shown[0], prediction.scan.stack[4])
@@ -64,7 +64,7 @@ def test_a_panel_shows_slice_reconstruction_residual_and_anomaly():
 
 
 def test_panels_have_the_nose_up_and_the_subjects_left_on_the_left():
-    figure = draw_panels(make_prediction(), [4], "title", THRESHOLD)
+    figure = draw_panels(make_prediction(), [4], "title")
     for axis in find_pictures(figure):
         assert axis.images[0].origin == "lower"
         assert not axis.xaxis_inverted()
@@ -76,7 +76,7 @@ def test_panels_have_the_nose_up_and_the_subjects_left_on_the_left():
 
 
 def test_letters_can_be_read_on_their_ground():
-    axes = find_pictures(draw_panels(make_prediction(), [4], "title", THRESHOLD))
+    axes = find_pictures(draw_panels(make_prediction(), [4], "title"))
     colours = [{text.get_color() for text in axis.texts} for axis in axes]
     assert colours == [{"white"}, {"white"}, {"black"}, {"black"}]  # the ground is black, and where not scored grey
 
@@ -84,7 +84,7 @@ def test_letters_can_be_read_on_their_ground():
 def test_what_is_brighter_than_its_reconstruction_is_orange_what_is_darker_purple():
     prediction = make_prediction()
     prediction.reconstruction[4, 30, 30] = 0.9
-    figure = draw_panels(prediction, [4], "title", THRESHOLD)
+    figure = draw_panels(prediction, [4], "title")
     picture = find_pictures(figure)[2].images[0]
     residual = picture.get_array()
     assert residual[42, 22] == pytest.approx(0.3, abs=1e-3)
@@ -106,7 +106,7 @@ def test_what_is_brighter_than_its_reconstruction_is_orange_what_is_darker_purpl
 
 def test_a_lesion_is_outlined_in_its_slice_alone():
     prediction = make_prediction()
-    axes = find_pictures(draw_panels(prediction, [4], "title", THRESHOLD))
+    axes = find_pictures(draw_panels(prediction, [4], "title"))
     outlines = [find_outlines(axis) for axis in axes]
     assert [len(one) for one in outlines] == [1, 0, 1, 1], "the reconstruction is without"
     for axis, wanted in ((0, SKY_BLUE), (2, "black"), (3, SKY_BLUE)):
@@ -115,14 +115,14 @@ def test_a_lesion_is_outlined_in_its_slice_alone():
         np.testing.assert_allclose(points.min(axis=0), [19.5, 39.5])
         np.testing.assert_allclose(points.max(axis=0), [23.5, 45.5])
     for i, lesion in ((3, True), (4, False)):
-        axes = find_pictures(draw_panels(make_prediction(lesion=lesion), [i], "title", THRESHOLD))
+        axes = find_pictures(draw_panels(make_prediction(lesion=lesion), [i], "title"))
         assert not any(find_outlines(axis) for axis in axes)
 
 
 def test_panels_have_a_row_a_slice_in_the_order_asked_for():
     prediction = make_prediction()
     prediction.scan.stack[7] *= 0.5
-    one, two = (draw_panels(prediction, shown, "a $ title_", THRESHOLD) for shown in ([4], [7, 4]))
+    one, two = (draw_panels(prediction, shown, "a $ title_") for shown in ([4], [7, 4]))
     assert two.get_figheight() > 1.7 * one.get_figheight()
     axes = find_pictures(two)
     assert len(axes) == 8
@@ -141,7 +141,7 @@ def test_panels_have_a_row_a_slice_in_the_order_asked_for():
 @pytest.mark.parametrize("draw", ["panels", "montage"])
 def test_the_bar_of_anomalies_ends_at_twice_the_threshold_and_marks_it(draw):
     shown = [[4]] if draw == "panels" else []
-    figure = {"panels": draw_panels, "montage": draw_montage}[draw](make_prediction(), *shown, "title", THRESHOLD)
+    figure = {"panels": draw_panels, "montage": draw_montage}[draw](make_prediction(), *shown, "title")
     (bar,) = [axis for axis in figure.axes if axis.get_ylabel().startswith("anomaly")]
     assert bar.get_ylim() == (0, 8)
     np.testing.assert_allclose(bar.get_yticks(), [0, 2, 4, 6, 8])
@@ -154,7 +154,7 @@ def test_the_bar_of_anomalies_ends_at_twice_the_threshold_and_marks_it(draw):
 @pytest.mark.parametrize("draw", ["panels", "montage"])
 def test_nothing_in_a_picture_overlaps_or_lies_outside(draw):
     shown = [[4, 5]] if draw == "panels" else []
-    figure = {"panels": draw_panels, "montage": draw_montage}[draw](make_prediction(), *shown, "title", THRESHOLD)
+    figure = {"panels": draw_panels, "montage": draw_montage}[draw](make_prediction(), *shown, "title")
     boxes = [axis.get_position() for axis in figure.axes]
     for i, one in enumerate(boxes):
         assert min(one.x0, one.y0) >= 0
@@ -247,6 +247,6 @@ def test_a_montage_shows_at_most_48_slices_spread_over_all():
 
 
 def test_a_montage_has_its_title():
-    figure = draw_montage(make_prediction(), "a title with $ and _", THRESHOLD)
+    figure = draw_montage(make_prediction(), "a title with $ and _")
     assert [text.get_text() for text in figure.texts] == ["a title with $ and _"]
     assert not figure.texts[0].get_parse_math(), "a dollar sign begins no formula"
