@@ -29,13 +29,6 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message is one line that names the file and the cure."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with defaults, but for flags that are left out or switched off by default; examples keep their lines."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 class _Console(logging.Handler):
     """Messages go to standard output, warnings and errors to standard error, above a progress bar if any."""
 
@@ -79,6 +72,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     given = sys.argv[1:] if argv is None else argv
     path = parser.parse_args(given).config
     return parser.parse_args([*_read_flags(parser, path, given), *given] if path else given)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names each default, but for flags that mean something of their own where left out; keeps an example's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def list_flags(args: argparse.Namespace) -> dict:

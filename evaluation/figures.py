@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
+
+from common.files import write_figure
+from evaluation.predictor import DETECTORS
+from evaluation.results import Results
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
@@ -77,7 +83,7 @@ def draw_dice(thresholds: np.ndarray, dice: np.ndarray, calibrated: float, reach
     )
     axis.set(
         title=f"Dice of the anomaly map\n{counts}",
-        xlabel="threshold, times the expected residual",
+        xlabel="threshold, times the scan's median",
         ylabel="Dice",
         xlim=(0, 4 * calibrated),
         ylim=(0, None),
@@ -128,7 +134,9 @@ def draw_calibration(p_values: dict[str, np.ndarray], false_positive_rate: float
     for (what, values), colour, dash in zip(p_values.items(), COLOURS, DASHES, strict=False):
         share = np.searchsorted(np.sort(values), alphas, side="right") / len(values)
         axis.step(alphas, share, where="post", color=colour, linestyle=dash, label=f"{len(values)} normal {what}")
-    axis.axvline(false_positive_rate, color="black", linestyle=":", linewidth=1, label=f"asked: {false_positive_rate:g}")
+    axis.axvline(
+        false_positive_rate, color="black", linestyle=":", linewidth=1, label=f"asked: {false_positive_rate:g}"
+    )
     axis.set(
         title="p-values of normal test scans",
         xlabel="alpha",
@@ -151,7 +159,53 @@ def draw_ages(rows: list[dict], mark: tuple[float, str] | None) -> plt.Figure:
             axis.plot(*zip(*known, strict=True), marker, color=colour, label=f"{sex or 'sex unknown'} ({len(known)})")
     if mark:
         axis.axhline(mark[0], color="black", linestyle=":", label=mark[1])
-    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the expected residual")
+    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the scan's median")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_figures(out: Path, results: Results, content: dict) -> dict[str, str]:
+    """The figures of what metrics.json says, as PNG; returns {file name: what it shows, in words}."""
+    calibration, counts, flagged = content["calibration"], content["counts"], content["flagged"]
+    asked, threshold = content["settings"]["false_positive_rate"], calibration["voxel_threshold"]
+    pictures = {}
+    for level, rows in (("slices", results.list_judged()), ("scans", results.scans)):
+        labels = np.array([row["label"] == "abnormal" for row in rows])
+        one = level.removesuffix("s")
+        if labels.any() and not labels.all():
+            scores = {title: np.array([row[name] for row in rows]) for name, title in DETECTORS.items()}
+            measured = {
+                title: tuple(content["figures"][name][f"{one}_{figure}"] for figure in ("auroc", "ap"))
+                for name, title in DETECTORS.items()
+            }
+            write_figure(out / f"curves_{level}.png", draw_curves(labels, scores, measured, level))
+            pictures[f"curves_{level}.png"] = f"ROC and precision-recall curves of {level}"
+        columns = {"score": f"score of {level}", "mse": f"reconstruction MSE of {level}"}
+        mark = calibration[f"{one}_score"]
+        marks = {"score": (mark, f"above: p ≤ {asked:g}")} if mark is not None else {}
+        write_figure(out / f"histograms_{level}.png", draw_histograms(rows, columns, marks))
+        pictures[f"histograms_{level}.png"] = f"Histograms of the scores of {level} by label"
+    if "dice" in content["figures"]["score"]:
+        lesions = f"{counts['lesions']} lesions, {len(results.scans)} scans, {counts['subjects']} subjects"
+        curve, reached = results.voxels["score"].dice_curve(), content["figures"]["score"]["dice"]["value"]
+        write_figure(out / "dice.png", draw_dice(*curve, threshold, reached, lesions))
+        pictures["dice.png"] = "Dice of the anomaly map against its threshold, the calibrated one marked"
+    if content["detectability"]:
+        write_figure(out / "detectability.png", draw_detectability(content["detectability"]))
+        pictures["detectability.png"] = "Share of lesions found and their Dice by " + " and by ".join(
+            content["detectability"]
+        )
+    normal = {
+        level: np.array([row["p_value"] for row in rows if row["label"] == "normal"])
+        for level, rows in (("scans", results.scans), ("slices", results.slices))
+    }
+    if len(normal["scans"]):
+        write_figure(out / "calibration.png", draw_calibration(normal, asked))
+        pictures["calibration.png"] = "How often normal scans have a small p-value, against what was promised"
+    if "normal_by_age" in flagged:
+        mark = calibration["scan_score"]
+        rows = [row for row in results.scans if row["label"] == "normal"]
+        write_figure(out / "age.png", draw_ages(rows, None if mark is None else (mark, f"above: p ≤ {asked:g}")))
+        pictures["age.png"] = "Scores of normal scans against age"
+    return pictures

@@ -95,21 +95,22 @@ def embed(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
-def make_viewer(prediction: Prediction, threshold: float) -> str:
+def make_viewer(prediction: Prediction) -> str:
     """A page of its own: the anomaly map over the scan in three planes that follow the mouse (nilearn's `view_img`).
 
     Starts at the highest anomaly; what is below half the threshold is not drawn.
     """
     from nilearn.plotting import view_img  # here, because it is slow to import
 
-    affine = prediction.scan.geometry.stack_affine
-    anomaly = np.nan_to_num(prediction.maps["score"]).transpose(2, 1, 0)
+    scan, threshold = prediction.scan, prediction.threshold
+    affine = scan.geometry.stack_affine
+    anomaly = np.nan_to_num(prediction.anomaly).transpose(2, 1, 0)
     peak = nib.affines.apply_affine(affine, np.unravel_index(anomaly.argmax(), anomaly.shape))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a map without anything above the threshold
         page = view_img(
             nib.Nifti1Image(anomaly, affine),
-            bg_img=nib.Nifti1Image(prediction.scan.stack.astype(np.float32).transpose(2, 1, 0), affine),
+            bg_img=nib.Nifti1Image(scan.stack.astype(np.float32).transpose(2, 1, 0), affine),
             cut_coords=[float(place) for place in peak],
             threshold=threshold / 2,
             vmin=0,
@@ -117,7 +118,7 @@ def make_viewer(prediction: Prediction, threshold: float) -> str:
             cmap="inferno",
             symmetric_cmap=False,
             black_bg=True,
-            title=prediction.scan.name,
+            title=scan.name,
         ).get_standalone()
     page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
     return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page

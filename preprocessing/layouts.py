@@ -27,16 +27,16 @@ LABEL = re.compile(
 class Kind(NamedTuple):
     """One kind of volume in a layout.
 
-    pattern  of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say whose
-             the volume is: `subject` and `session`; `name` where the file's own name is the same for every session;
-             `key` where masks go by something else than the name. MODALITY stands for the contrast asked for.
-    axes     where the stored axes point to, for files whose header does not tell
-    doubted  axes that the headers of this kind claim without meaning them
+    pattern     of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say
+                whose the volume is: `subject` and `session`; `name` where the file's own name is the same for every
+                session; `key` where masks are named otherwise. MODALITY stands for the contrast asked for.
+    axes        where the stored axes point to, for files whose header does not say
+    distrusted  axes that the headers of this kind give wrongly
     """
 
     pattern: str
     axes: str | None = None
-    doubted: str | None = None
+    distrusted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     subject: str
     session: str
     axes: str | None
-    doubted: str | None
+    distrusted: str | None
     brain_mask: str | None
     lesion_mask: str | None
 
@@ -113,7 +113,7 @@ LAYOUTS = {
             "neurite-oasis",
             "neurite-oasis (FreeSurfer's axes)",
             tuple(
-                Kind(_NEURITE + volume, axes="LIA", doubted="RAS")
+                Kind(_NEURITE + volume, axes="LIA", distrusted="RAS")
                 for volume in ("aligned_norm", "norm", "aligned_orig", "orig")
             ),
         ),
@@ -207,7 +207,7 @@ def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found
             one = (subject, session) if whose else (path.rpartition("/")[0], key)
             kind = layout.scans[rank]
             found = Found(
-                path, name, subject, session, kind.axes, kind.doubted, _pick(brains, key), _pick(lesions, key)
+                path, name, subject, session, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key)
             )
             sessions.setdefault(one, []).append((rank, found))
         elif path not in masks:
