@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import same_color, to_rgb
 
-from evaluation.panels import draw_montage, draw_panels, find_crop, outline, overlay
+from evaluation.panels import draw_montage, draw_panels, draw_scan, find_crop, outline, overlay
 from tests.predictions import make_prediction
 
 SKY_BLUE, GREY = "#56B4E9", 0.5
@@ -250,3 +250,18 @@ def test_a_montage_has_its_title():
     figure = draw_montage(make_prediction(), "a title with $ and _")
     assert [text.get_text() for text in figure.texts] == ["a title with $ and _"]
     assert not figure.texts[0].get_parse_math(), "a dollar sign begins no formula"
+
+
+@pytest.mark.parametrize(
+    ("panels", "wanted"), [("worst", [53]), ("0", []), ("3", [51, 53, 57]), ("all", list(range(50, 60)))]
+)
+def test_as_many_panels_as_asked_for(panels, wanted, tmp_path):
+    made = make_prediction()
+    scores = [0, 7, 1, 9, 2, 3, 4, 8, 5, 6]
+    rows = [row | {"score": float(score)} for row, score in zip(made.slice_rows, scores, strict=True)]
+    for folder in ("montages", "error_maps"):
+        (tmp_path / folder / "abnormal").mkdir(parents=True)
+    draw_scan(tmp_path, replace(made, slice_rows=rows), panels)
+    assert (tmp_path / "montages/abnormal/one.png").exists()
+    found = sorted(path.name for path in (tmp_path / "error_maps/abnormal").iterdir())
+    assert found == [f"one_slice_{index:03d}.png" for index in wanted]

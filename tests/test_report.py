@@ -7,12 +7,16 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.report import write_report
+from evaluation.report import make_viewer, write_report
+from evaluation.results import Results
+from tests.predictions import make_prediction
 from tests.test_table import make_metrics
 
 
@@ -68,7 +72,7 @@ class Page(HTMLParser):
 
 
 def make_content(**changes) -> dict:
-    content = make_metrics(0.2) | {"run": "runs/dae", "data": "Dataset/test", "settings": {"false_alarms": 0.05}}
+    content = make_metrics(0.2) | {"run": "runs/dae", "data": "Dataset/test", "settings": {"false_positive_rate": 0.05}}
     rate = {"flagged": 1, "scans": 4, "low": 0.01, "high": 0.81}
     metric = {"value": 0.4, "low": 0.3, "high": 0.5}
     content["flagged"] = {"normal": rate, "abnormal": rate | {"flagged": 3}, "normal_by_sex": {"F": rate}}
@@ -104,7 +108,9 @@ def make_page(out, scans: list[dict], regions: list[dict] = (), viewers: dict | 
         for index, score in ((7, 1), (8, 3), (9, 2))
     ]
     write_picture(out / "dice.png", (0, 0, 250))
-    write_report(out, make_content(**changes), scans, slices, list(regions), {"dice.png": "Dice & more"}, viewers or {})
+    results = Results({})
+    results.scans, results.slices, results.regions = scans, slices, list(regions)
+    write_report(out, make_content(**changes), results, {"dice.png": "Dice & more"}, viewers or {})
     return Page((out / "report.html").read_text())
 
 
@@ -223,6 +229,33 @@ def test_a_viewer_belongs_to_its_scan(tmp_path):
     (button,) = [button for button in page.buttons if "data-viewer" in button]
     assert button["data-viewer"] == "viewer-1"
     assert button["data-title"].startswith("c: ")
+
+
+def test_a_viewer_shows_the_map_over_the_scan_from_its_highest_place_on(monkeypatch):
+    shown = {}
+
+    def view(anomaly, **options):
+        shown.update(options, anomaly=anomaly)
+        return SimpleNamespace(
+            get_standalone=lambda: '<link href="https://icon"><p id="a-0123456789abcdef0123456789abcdef">'
+        )
+
+    monkeypatch.setattr("nilearn.plotting.view_img", view)
+    made = make_prediction()
+    made.maps["score"][7, 30, 40] = 9.0
+    assert make_viewer(made) == '<p id="a-1">', "nothing from the network, no random names"
+    place = nib.affines.apply_affine(made.scan.geometry.stack_affine, [40, 30, 7])
+    assert shown["cut_coords"] == pytest.approx(list(place))
+    assert (shown["threshold"], shown["vmin"], shown["vmax"]) == (2.0, 0, 8.0)
+    assert (shown["cmap"], shown["symmetric_cmap"], shown["black_bg"], shown["title"]) == (
+        "inferno",
+        False,
+        True,
+        "one",
+    )
+    for image, stack in ((shown["anomaly"], made.maps["score"]), (shown["bg_img"], made.scan.stack)):
+        np.testing.assert_array_equal(image.get_fdata().transpose(2, 1, 0), np.nan_to_num(stack))
+        np.testing.assert_allclose(image.affine, made.scan.geometry.stack_affine)
 
 
 def test_files_beside_the_page_are_listed_where_they_are(tmp_path):

@@ -1,6 +1,7 @@
 """One scan from its file to its verdict: what is printed, what is left, which slices are shown."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.evaluate import choose_apart, explain_no_flag
+from common.cli import DataError
 from evaluation.evaluate import main as evaluate
+from evaluation.predictor import Predictor
+from evaluation.single_scan import choose_apart
+from preprocessing.worker import CutSettings, cut_scan
 from tests.conftest import make_head
-from tests.predictions import make_calibration, make_scan, write_model
+from tests.predictions import SETTINGS, make_calibration, make_geometry, make_prediction, write_model
 
 HIGH = 1e6  # a score that no scan has
 
@@ -53,20 +57,20 @@ def calibrate(folder: Path, scan_scores: list[float], **changes) -> None:
 )
 def test_the_verdict_follows_from_the_p_value(scan_scores, rate, verdict, folder, capsys):
     calibrate(folder, scan_scores)
-    content = run_json(folder, capsys, "--false-alarms", str(rate))
+    content = run_json(folder, capsys, "--false-positive-rate", str(rate))
     (found,) = content["scans"]
     assert found["verdict"] == verdict
     assert found["p_value"] == pytest.approx((1 + scan_scores.count(HIGH)) / (1 + len(scan_scores)))
     assert content["normal_scans"] == len(scan_scores)
-    assert run_scan(folder, "--false-alarms", str(rate)) == 0
-    assert f"  {verdict} at a false-" in capsys.readouterr().out
+    assert run_scan(folder, "--false-positive-rate", str(rate)) == 0
+    assert f"  {verdict} at a false-positive rate of" in capsys.readouterr().out
 
 
 def test_what_is_left_of_a_scan_agrees(folder, capsys):
-    calibrate(folder, [0.0] * 39, threshold=torch.tensor(1.5))
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.5)
     content = run_json(folder, capsys, "--smallest-ml", "0.3")
     (found,) = content["scans"]
-    assert sorted(content) == ["false_alarms", "normal_scans", "run", "scans", "skipped"]
+    assert sorted(content) == ["false_positive_rate", "normal_scans", "run", "scans", "skipped"]
     assert content["skipped"] == []
     assert found["file"] == str(folder / "head_T1w.nii.gz")
     assert found["threshold"] == 1.5
@@ -92,7 +96,7 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
 
 
 def test_regions_are_printed_the_ten_largest_first(folder, capsys):
-    calibrate(folder, [0.0] * 39, threshold=torch.tensor(1.8))
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.8)
     regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
     assert len(regions) > 10
     assert run_scan(folder, "--smallest-ml", "0") == 0
@@ -111,7 +115,7 @@ def test_warnings_come_before_the_verdict_and_are_said_even_where_the_rest_is_si
     nib.save(head, folder / "head_T1w.nii.gz")
     assert run_scan(folder, "--axes", "RAS") == 0
     out = capsys.readouterr().out
-    assert out.index("RAS is taken on trust") < out.index("at a false-")
+    assert out.index("RAS is taken on trust") < out.index("at a false-positive rate of")
     assert run_scan(folder, "--axes", "RAS", "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -127,16 +131,20 @@ def test_several_scans_a_bad_one_among_them(folder, capsys):
     assert run_scan(folder, *more) == 3
     captured = capsys.readouterr()
     assert "bad_T1w.nii.gz: is not gzip" in captured.err
-    assert captured.out.count(" verdict at a false-") + captured.out.count("unusual at a false-") == 2
+    assert (
+        captured.out.count(" verdict at a false-positive rate of")
+        + captured.out.count("unusual at a false-positive rate of")
+        == 2
+    )
     assert run_scan(folder, *more, "--json") == 3
     content = json.loads(capsys.readouterr().out)
     assert [Path(one["file"]).name for one in content["scans"]] == ["head_T1w.nii.gz", "other_T1w.nii.gz"]
     assert [Path(one["file"]).name for one in content["skipped"]] == ["bad_T1w.nii.gz"]
-    with pytest.raises(ValueError, match="is not gzip"):
+    with pytest.raises(DataError, match="is not gzip"):
         run_scan(folder, scan="bad_T1w.nii.gz")
-    with pytest.raises(ValueError, match=r"none.nii.gz: no such file"):
+    with pytest.raises(DataError, match=r"none.nii.gz: no such file"):
         run_scan(folder, scan="none.nii.gz")
-    with pytest.raises(ValueError, match="not one of the 2 scans could be used"):
+    with pytest.raises(DataError, match="not one of the 2 scans could be used"):
         run_scan(folder, "--scan", str(folder / "none.nii.gz"), scan="bad_T1w.nii.gz")
 
 
@@ -149,24 +157,36 @@ def test_each_scan_takes_its_own_brain_mask(folder, capsys):
     assert run_scan(folder, "--scan", str(folder / "b.nii.gz"), "--brain-mask", *masks, scan="a.nii.gz") == 0
     scored = [np.isfinite(nib.load(folder / f"out/{name}_anomaly.nii.gz").get_fdata()).sum() for name in "ab"]
     assert scored[0] > 1.5 * scored[1]
-    with pytest.raises(ValueError, match=r"missing.nii.gz: no such file"):
+    with pytest.raises(DataError, match=r"missing.nii.gz: no such file"):
         run_scan(folder, "--brain-mask", str(folder / "missing.nii.gz"))
 
 
 def test_the_slices_shown_are_the_worst_and_ten_mm_apart():
     # 2.5 mm between slices: four of them are 10 mm
-    scan = make_scan(np.ones((20, 4, 4), np.float16), spacing_mm=[1.0, 1.0, 2.5])
+    geometry = make_geometry(20, 40, 64, (1.0, 1.0, 2.5), 2.0)
     scores = [0.0] * 20
     for place, score in ((9, 9), (10, 8), (12, 7), (13, 6), (5, 5), (1, 4), (17, 3)):
         scores[place] = score
     rows = [{"slice": 40 + i, "score": score} for i, score in enumerate(scores)]
-    assert choose_apart(rows, scan) == [9, 13, 5, 1]
-    assert choose_apart(rows, scan, count=2) == [9, 13]
+    made = make_prediction(slice_rows=rows)
+    prediction = replace(made, scan=replace(made.scan, geometry=geometry))
+    assert choose_apart(prediction) == [9, 13, 5, 1]
+    assert choose_apart(prediction, count=2) == [9, 13]
 
 
-def test_why_no_scan_can_be_flagged():
-    assert explain_no_flag(0.05, 19) is None
-    words = explain_no_flag(0.05, 18)
-    assert "no scan can be flagged at 0.05: that needs 19 normal validation scans, the model has 18" in words
-    assert "0.053 or more" in words, "1 / 19, rounded up"
-    assert explain_no_flag(0.053, 18) is None
+def test_a_scan_is_cut_as_the_training_slices_were(folder, capsys):
+    write_model(folder / "run/model.pt", slices=SETTINGS | {"keep": 0.5, "pixel_mm": 6.0})
+    found = run_json(folder, capsys)["scans"][0]
+    predictor = Predictor.load(folder / "run/model.pt", torch.device("cpu"))
+    scan = cut_scan(folder / "head_T1w.nii.gz", None, CutSettings(keep=0.5, size=32, fov_mm=192.0))
+    assert found["score"] == pytest.approx(predictor.predict(scan, baselines=False).scan_row["score"])
+
+
+def test_one_volume_of_several_is_taken(folder, capsys):
+    head = make_head()
+    values = head.get_fdata(dtype=np.float32)
+    series = nib.Nifti1Image(np.stack([values[::-1], values], axis=-1), head.affine)
+    whole = run_json(folder, capsys)["scans"][0]
+    nib.save(series, folder / "head_T1w.nii.gz")
+    assert run_json(folder, capsys, "--volume", "1")["scans"][0]["score"] == whole["score"]
+    assert run_json(folder, capsys, "--volume", "0")["scans"][0]["score"] != whole["score"]

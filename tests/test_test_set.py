@@ -1,212 +1,54 @@
-"""What is kept of a test set and measured on it: which slices count, who is flagged, what stands behind each figure."""
+"""The folder of an evaluation: what makes it another one, and that nothing of an older one is left in it."""
 
-import numpy as np
+import json
+
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation.evaluate import Evaluation, find_flag_score
-from evaluation.examiner import DETECTORS, Examined, OpenScan
-from models.anomaly import give_p_values
-from tests.predictions import make_prediction
+from common.cli import DataError
+from evaluation.test_set import clear_folder, explain_no_flag, hash_records, read_kinds
+from preprocessing.store import list_scans
 
 
-def make_results(kinds: dict | None = None) -> Evaluation:
-    return Evaluation(kinds or {})
-
-
-def make_slice(label: str, scan: str, lesion_voxels: int, score: float) -> dict:
-    scores = dict.fromkeys(DETECTORS, score) | {"mse": -score}
-    return {"label": label, "scan": scan, "subject": scan[0], "lesion_voxels": lesion_voxels, **scores}
-
-
-def make_scan_row(label: str, scan: str, score: float, lesion_known: bool = True, **more) -> dict:
-    scores = dict.fromkeys(DETECTORS, score) | {"mse": -score}
-    who = {"label": label, "scan": scan, "subject": scan[0], "lesion_known": lesion_known, "age": None, "sex": None}
-    return who | {"flagged": False} | scores | more
-
-
-def add_prediction(results: Evaluation, name: str = "one_T1w", label: str = "abnormal", lesion: bool = True, **record):
-    made = make_prediction(lesion=lesion)
-    scan = OpenScan(name, label, made.scan.stack, made.scan.lesion, made.scan.record | record)
-    maps = dict.fromkeys(DETECTORS, made.maps["score"])
-    row = make_scan_row(label, name, 5.0, lesion_known=lesion)
-    for known in ("age", "sex"):
-        row.pop(known)
-    region = {"volume_ml": 1.0}
-    results.add(Examined(scan, made.reconstruction, maps), [make_slice(label, name, 24, 5.0)], row, [region], 4.0)
-    return results
-
-
-def test_a_prediction_is_kept_as_rows_and_counts():
-    results = add_prediction(make_results({"one": "infarct"}), subject="s", age=61.5, sex="F")
-    (row,), (region,), (lesion,) = results.scans, results.regions, results.lesions
-    assert (row["age"], row["sex"], row["score"]) == (61.5, "F", 5.0)
-    assert (region["label"], region["scan"], region["volume_ml"]) == ("abnormal", "one_T1w", 1.0)
-    assert {key: lesion[key] for key in ("label", "scan", "subject", "kind")} == {
-        "label": "abnormal",
-        "scan": "one_T1w",
-        "subject": "s",
-        "kind": "infarct",
-    }
-    assert lesion["volume_ml"] == pytest.approx(48 * 8 / 1000)
-    assert (lesion["covered"], lesion["dice"], lesion["peak"]) == (1, 1, 8)
-    brain, lesion_pixels = int(np.isfinite(make_prediction().maps["score"]).sum()), 48
-    for name in DETECTORS:
-        thresholds, table = results.voxels[name].table()
-        assert thresholds.tolist() == [8, 1]
-        np.testing.assert_array_equal(table, [[[0, brain - lesion_pixels], [lesion_pixels, 0]]])
-    assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1}
-
-
-def test_the_kind_of_a_lesion_goes_by_the_name_with_and_without_the_contrast():
-    kinds = [add_prediction(make_results(k)).lesions[0]["kind"] for k in ({"one_T1w": "a"}, {"one": "b"}, {"two": "c"})]
-    assert kinds == ["a", "b", None]
-
-
-def test_a_scan_without_a_lesion_mask_counts_no_voxels():
-    results = add_prediction(make_results(), lesion=False)
-    assert results.lesions == []
-    assert not results.voxels["score"].hold_lesions()
-    assert results.scans[0]["age"] is None
-
-
-def test_results_can_be_joined():
-    results = add_prediction(make_results(), "a_T1w", subject="a")
-    results.join(add_prediction(make_results(), "b_T1w", "normal", subject="b"))
-    assert [row["scan"] for row in results.scans] == ["a_T1w", "b_T1w"]
-    assert [row["scan"] for row in results.slices] == ["a_T1w", "b_T1w"]
-    assert results.count() == {"normal": 1, "abnormal": 1, "slices": 2, "subjects": 2, "lesions": 2}
-    assert results.voxels["mse"].table()[1].sum() == 2 * np.isfinite(make_prediction().maps["score"]).sum()
-
-
-def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
-    results = make_results()
-    results.slices = [make_slice("abnormal", "a", voxels, 1) for voxels in (0, 9, 10, 11)]
-    results.slices.append(make_slice("normal", "n", 0, 1))
-    results.scans = [make_scan_row("abnormal", "a", 1), make_scan_row("normal", "n", 1)]
-    assert [(row["label"], row["lesion_voxels"]) for row in results.judged()] == [
-        ("abnormal", 10),
-        ("abnormal", 11),
-        ("normal", 0),
+def test_another_evaluation_leaves_nothing_of_the_old_one(tmp_path):
+    pictures = [tmp_path / folder / "normal/old.png" for folder in ("error_maps", "montages", "maps", "bids")]
+    for path in pictures:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    (tmp_path / "mine.txt").write_text("a user's own")
+    assert clear_folder(tmp_path, {"panels": "1"}) is None
+    assert all(path.exists() for path in pictures), "an evaluation that was interrupted goes on"
+    content = {"settings": {"panels": "1"}, "counts": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    assert clear_folder(tmp_path, {"panels": "1"}) == content
+    assert all(path.exists() for path in [*pictures, tmp_path / "metrics.json"])
+    assert clear_folder(tmp_path, {"panels": "2"}) is None
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if not path.is_dir()) == [
+        "mine.txt"
     ]
-    results.scans[0]["lesion_known"] = False
-    assert results.judged() == results.slices, "without masks, all slices of an abnormal scan"
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"error_maps", "montages"}
 
 
-def make_measured(masks_known: bool = True) -> Evaluation:
-    """Six scans of five subjects with three slices each; the mask of the last is perhaps not known."""
-    results, rng = make_results(), np.random.default_rng(0)
-    for i in range(6):
-        label = "abnormal" if i < 3 else "normal"
-        name = f"{'aabcde'[i]}{i}"
-        results.scans.append(make_scan_row(label, name, rng.random() + (i < 3) / 4, lesion_known=masks_known or i != 2))
-        results.slices += [
-            make_slice(label, name, voxels, rng.random()) for voxels in ((0, 20, 30) if i < 3 else (0,) * 3)
-        ]
-    scores = np.array([8, 4, 4, 2, 1, 1], np.float32)
-    for counts in results.voxels.values():
-        counts.add("a", scores, np.array([1, 1, 0, 0, 1, 0], bool))
-    return results
+def test_data_are_told_apart_by_their_records(processed):
+    scans = list(list_scans(processed / "test"))
+    assert hash_records(scans) == hash_records(list(list_scans(processed / "test")))
+    assert len({hash_records(scans), hash_records(scans[:-1]), hash_records(scans[::-1])}) == 3
 
 
-def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
-    results = make_measured()
-    figures = results.measure(3.0, quiet=True)
-    assert list(figures) == list(DETECTORS)
-    for level, rows in (("slice", results.judged()), ("scan", results.scans)):
-        labels = [row["label"] == "abnormal" for row in rows]
-        for name in DETECTORS:
-            scores = [row[name] for row in rows]
-            assert figures[name][f"{level}_auroc"]["value"] == roc_auc_score(labels, scores)
-            assert figures[name][f"{level}_ap"]["value"] == average_precision_score(labels, scores)
-    slice_auroc, scan_auroc = figures["score"]["slice_auroc"], figures["score"]["scan_auroc"]
-    assert (slice_auroc["subjects"], slice_auroc["scans"], slice_auroc["slices"]) == (5, 6, 15)
-    assert (scan_auroc["subjects"], scan_auroc["scans"], "slices" in scan_auroc) == (5, 6, False)
-    assert figures["score"]["dice"]["value"] == pytest.approx(4 / 6), "at the threshold"
-    assert "dice" not in figures["mse"], "whose threshold was not calibrated"
-    voxel = figures["bright"]["voxel_ap"]
-    assert {key: voxel[key] for key in ("subjects", "slices", "lesions", "scans")} == {
-        "subjects": 5,
-        "slices": 18,
-        "lesions": 0,
-        "scans": 6,
-    }
-    assert figures["score"]["prevalence"] == 0.5
+def test_kinds_of_lesions_are_read(tmp_path):
+    path = tmp_path / "kinds.csv"
+    path.write_text("\ufeffscan,volume,kind\na_T1w,3,infarct\nb,4,\n", encoding="utf-8")
+    assert read_kinds(path) == {"a_T1w": "infarct", "b": ""}
+    path.write_text("scan,what\na,b\n")
+    with pytest.raises(DataError, match=r"kinds.csv: has no column 'kind'; name its columns scan and kind"):
+        read_kinds(path)
+    for missing in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_kinds(missing)
 
 
-def test_what_needs_both_labels_or_all_masks_is_not_measured_without():
-    figures = make_measured(masks_known=False).measure(3.0, quiet=True)["score"]
-    assert "voxel_ap" not in figures
-    assert figures["slice_auroc"]["slices"] == 18, "all slices of abnormal scans"
-    results = make_measured()
-    results.scans, results.slices = results.scans[3:], results.slices[9:]
-    assert "scan_auroc" not in results.measure(3.0, quiet=True)["score"]
-    results.voxels = {name: type(counts)() for name, counts in results.voxels.items()}
-    assert results.measure(3.0, quiet=True) == {name: {} for name in DETECTORS}
-
-
-def test_lesions_are_measured_by_volume_and_by_kind():
-    results = make_results()
-    for ml, kind, found in ((0.2, "b", False), (0.5, "a", True), (0.6, None, False)):
-        results.lesions.append(
-            {
-                "label": "abnormal",
-                "scan": "s",
-                "subject": "s",
-                "volume_ml": ml,
-                "kind": kind,
-                "found": found,
-                "dice": 0.5,
-            }
-        )
-    by = results.measure_lesions()
-    assert [(group["group"], group["lesions"]) for group in by["volume"]] == [("under 0.3 ml", 1), ("0.3–1 ml", 2)]
-    assert [(group["group"], group["recall"]["value"]) for group in by["kind"]] == [("a", 1), ("b", 0)]
-    for row in results.lesions:
-        row["kind"] = None
-    assert list(results.measure_lesions()) == ["volume"]
-    assert make_results().measure_lesions() == {}
-
-
-def test_flags_are_counted_by_label_and_of_normal_scans_by_sex_and_age():
-    results = make_results()
-    people = (
-        ("normal", True, 29.9, "F"),
-        ("normal", False, 30, "M"),
-        ("normal", True, 44.9, "F"),
-        ("normal", False, 45, None),
-        ("normal", True, 60, "F"),
-        ("normal", True, 75, "F"),
-        ("normal", True, None, None),
-        ("abnormal", True, 80, "M"),
-    )
-    results.scans = [
-        make_scan_row(label, f"s{i}", 1, flagged=flagged, age=age, sex=sex)
-        for i, (label, flagged, age, sex) in enumerate(people)
-    ]
-    counts = results.count_flagged()
-    assert [(g, c["flagged"], c["scans"]) for g, c in counts["normal_by_sex"].items()] == [("F", 4, 4), ("M", 0, 1)]
-    assert {group: (count["flagged"], count["scans"]) for group, count in counts["normal_by_age"].items()} == {
-        "under 30": (1, 1),
-        "30 to 44": (1, 2),
-        "45 to 59": (0, 1),
-        "60 to 74": (1, 1),
-        "75 and above": (1, 1),
-    }
-    assert (counts["normal"]["flagged"], counts["normal"]["scans"]) == (5, 7)
-    assert (counts["abnormal"]["flagged"], counts["abnormal"]["scans"]) == (1, 1)
-    for row in results.scans:
-        row["age"] = row["sex"] = None
-    assert set(results.count_flagged()) == {"normal", "abnormal"}
-    results.scans = results.scans[:-1]
-    assert set(results.count_flagged()) == {"normal"}
-
-
-@pytest.mark.parametrize("false_alarms", [0.05, 0.1, 0.3, 0.9])
-@pytest.mark.parametrize("count", [5, 9, 19, 40])
-def test_flag_score_is_where_the_p_value_says(count, false_alarms):
-    healthy = np.sort(np.random.default_rng(0).random(count))
-    scores = np.concatenate([healthy, np.random.default_rng(1).random(50), [2.0]])
-    flagged = give_p_values(scores, healthy) <= false_alarms
-    mark = find_flag_score(healthy, false_alarms)
-    np.testing.assert_array_equal(flagged, scores > mark if mark is not None else np.zeros(len(scores), dtype=bool))
+def test_why_no_scan_can_be_flagged():
+    assert explain_no_flag(0.05, 19) is None
+    words = explain_no_flag(0.05, 18)
+    assert "no scan can be flagged at 0.05: that needs 19 normal validation scans, the model has 18" in words
+    assert "0.053 or more" in words, "1 / 19, rounded up"
+    assert explain_no_flag(0.053, 18) is None
