@@ -34,6 +34,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
@@ -43,7 +44,6 @@ from common.device import keep_freed_memory
 from models.anomaly import calibrate, map_anomalies, reconstruct
 from models.autoencoder import MODELS, convolution_block, take_middle
 from models.checkpoint import build_model
-from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
 from tests.reference import map_plainly
 from training.trainer import LOOK_EVERY, Trainer, choose_precision, make_pair, seed_generator, sum_squares
 
