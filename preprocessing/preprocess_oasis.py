@@ -30,13 +30,14 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from common.cli import list_flags, parse_flags, read_axes, silence
+from common.files import hold_folder
 from preprocessing.clinical import read_clinical
 from preprocessing.cohort import label_scans, refuse_mixture, split_subjects
-from preprocessing.contact_sheet import draw_contact_sheet
 from preprocessing.layouts import LAYOUTS
+from preprocessing.qc import draw_contact_sheet
 from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
-from preprocessing.slices import clear_leftovers, hold_folder, list_scans
-from preprocessing.worker import FORMAT, preprocess_scan
+from preprocessing.store import clear_leftovers, list_scans
+from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
 
 def plan(args: argparse.Namespace, stored: list) -> Search:
@@ -122,10 +123,10 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
     counts, skipped = Counter(skipped=len(found.refused)), list(found.refused)
     for _, why in skipped:
         print(f"skipped {why}", file=sys.stderr)
+    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume)
     with _work_on(args.dask):
         results = Parallel(n_jobs=args.workers, return_as="generator")(
-            delayed(preprocess_scan)(scan, args.processed, args.keep, args.size, args.fov_mm, args.volume)
-            for scan in found.scans
+            delayed(preprocess_scan)(scan, args.processed, settings) for scan in found.scans
         )
         progress = tqdm(results, total=len(found.scans), desc="preprocessing", unit="scan", disable=args.quiet or None)
         for scan, (state, why) in zip(found.scans, progress, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.slices import ScanSlices
+from preprocessing.store import StoredScan
 
 COLUMNS, ROWS = 8, 5
 SIDES = {
@@ -18,7 +18,7 @@ SIDES = {
 }  # nose up, the subject's left on the left
 
 
-def draw_contact_sheet(scans: list[ScanSlices], processed: Path) -> list[Path]:
+def draw_contact_sheet(scans: list[StoredScan], processed: Path) -> list[Path]:
     """Draw `qc.png`, `qc-2.png`, …: 40 scans a page, each with its name and its stored axes; returns the pages."""
     from matplotlib.figure import Figure  # here, because it is slow to import and the workers do without
 
