@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy.spatial.transform import Rotation
 
 from preprocessing.demo_cohort import make_cohort
 from preprocessing.preprocess_oasis import main as preprocess
@@ -71,3 +74,20 @@ def make_head(shape=(40, 48, 44), spacing=(4.0, 4.0, 4.0), seed=0) -> nib.Nifti1
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = [g[0] for g in grid]
     return nib.Nifti1Image(np.where(inside, values, 0).astype(np.float32), affine)
+
+
+ALL_AXES = [
+    "".join(sides) for order in itertools.permutations(("LR", "PA", "IS")) for sides in itertools.product(*order)
+]
+
+
+def store(image: nib.Nifti1Image, axes: str, path: Path, kind=nib.Nifti1Image, tilt_degrees: float = 0.0) -> Path:
+    """Save the same image with its axes stored along `axes`, tilted about left-right in scanner space."""
+    to = ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(axes))
+    tilt = np.eye(4)
+    tilt[:3, :3] = Rotation.from_euler("x", tilt_degrees, degrees=True).as_matrix()
+    affine = None if kind is nib.AnalyzeImage else tilt @ image.affine @ inv_ornt_aff(to, image.shape)
+    stored = kind(apply_orientation(np.asarray(image.dataobj), to), affine)
+    stored.header.set_zooms(np.array(image.header.get_zooms())[np.argsort(to[:, 0])])
+    nib.save(stored, path)
+    return path
