@@ -10,6 +10,7 @@ from pathlib import Path
 
 from preprocessing.clinical import CDR_WITHIN_DAYS, Clinical
 from preprocessing.scans import SPLITS, DataError, Scan
+from preprocessing.subjects import key_subject
 
 
 def label_scans(
@@ -50,6 +51,9 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     fractions  shares of the normal subjects for train, val and test, summing to 1
     kept       the splits that subjects have already; new ones fill up what falls short of its share
     """
+    subjects = {key_subject(scan.subject): scan.subject for scan in scans}
+    known = {key_subject(subject): split for subject, split in kept.items()}
+    kept = {subject: known[key] for key, subject in subjects.items() if key in known}
     abnormal = {scan.subject for scan in scans if scan.label == "abnormal"}
     for scan in scans:
         if scan.subject in abnormal and kept.get(scan.subject, "test") != "test":

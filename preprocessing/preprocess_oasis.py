@@ -35,16 +35,28 @@ from preprocessing.clinical import read_clinical
 from preprocessing.cohort import label_scans, refuse_mixture, split_subjects
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
-from preprocessing.scans import LABELS, SPLITS, TREE, DataError, Search, explain_no_scans, refuse_leaks, search
+from preprocessing.scans import (
+    LABELS,
+    MODALITIES,
+    SPLITS,
+    TREE,
+    DataError,
+    Search,
+    explain_ambiguous,
+    explain_no_scans,
+    refuse_leaks,
+    search,
+)
 from preprocessing.store import clear_leftovers, list_scans
+from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
 
 def plan(args: argparse.Namespace, stored: list) -> Search:
     """Find the scans and decide each one's label and split; nothing is read but the clinical table."""
-    found = search(args.raw, args.layout, args.modality, besides=args.processed)
-    if not (found.scans or found.refused):
-        raise DataError(explain_no_scans(args.raw))
+    found = search(args.raw, args.layout, args.modality, args.processed, args.subject_pattern)
+    if not found.scans:
+        raise DataError(found.refused[0][1] if found.refused else explain_no_scans(args.raw, found.left_out))
     in_tree = found.layout.startswith(TREE)
     if in_tree and args.label:
         raise DataError(f"{args.raw}: its folders give the labels already; leave --label out")
@@ -84,6 +96,9 @@ def describe(args: argparse.Namespace, found: Search, stored: list) -> None:
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = len({scan.subject for scan in found.scans})
     print(f"{about}: {len(found.scans)} scans of {subjects} subjects in {sessions} sessions in {args.raw}")
+    ambiguous = explain_ambiguous(found.scans, args.raw)
+    if ambiguous:
+        print(f"  {ambiguous}")
     for split, label in dict.fromkeys((scan.split, scan.label) for scan in found.scans):
         group = [scan for scan in found.scans if (scan.split, scan.label) == (split, label)]
         subjects, masks = len({scan.subject for scan in group}), sum(scan.brain_mask is not None for scan in group)
@@ -91,7 +106,7 @@ def describe(args: argparse.Namespace, found: Search, stored: list) -> None:
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header tells" if scan.axes else ""
             print(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
-    kept = len({old.subject for old in stored} & {scan.subject for scan in found.scans})
+    kept = len({key_subject(old.subject) for old in stored} & {key_subject(scan.subject) for scan in found.scans})
     if kept:
         print(f"  {kept} subjects have slices in {args.processed} and keep their split")
     if found.left_out:
@@ -240,7 +255,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="where the slices go")
     parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder stands on disk; left out: looked at")
-    parser.add_argument("--modality", choices=["t1", "t2", "flair", "t1ce"], default="t1", help="contrast to take")
+    parser.add_argument("--modality", choices=MODALITIES, default="t1", help="contrast to take")
+    parser.add_argument(
+        "--subject-pattern",
+        type=parse_pattern,
+        metavar="REGEX",
+        help="who is who: searched in each path below --raw, the subject in parentheses; left out: names are read",
+    )
     parser.add_argument("--clinical", type=Path, help="clinical table (.csv, .tsv, .xlsx) that says who is normal")
     parser.add_argument("--blank-cdr", choices=LABELS, help="label where the table is blank; left out: not used")
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")

@@ -43,6 +43,7 @@ class Identity:
     session: str = ""
     otherwise: str = ""  # the subject in another reading of the path, empty where there is none
     branch: str = field(default="", compare=False)  # folders above the subject that may be a site or a group
+    place: int = field(default=0, compare=False)  # of the part of the path that names the subject
 
     @property
     def ambiguous(self) -> bool:
@@ -65,18 +66,18 @@ def strip_ending(path: str) -> str:
     return next((path[: -len(ending)] for ending in ENDINGS if path.lower().endswith(ending)), path)
 
 
-def parse_pattern(text: str) -> re.Pattern:
-    """Compile --subject-pattern, whose group `subject` (or first group) is the subject and `session` the session."""
+def parse_pattern(text: str) -> str:
+    """Check --subject-pattern, whose group `subject` (or first group) is the subject and `session` the session."""
     try:
         pattern = re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from error
     if not pattern.groups:
         raise argparse.ArgumentTypeError(f"{text} has no group; put the subject in parentheses, such as '(p[0-9]+)_'")
-    return pattern
+    return text
 
 
-def identify(path: str, pattern: re.Pattern | None = None) -> Identity | None:
+def identify(path: str, pattern: str | None = None) -> Identity | None:
     """Who is in this scan: a path below the folder searched, with `/`, or only a name, with an ending or without.
 
     With a pattern, searched in the path, its group says it and nothing else does; None where it matches nothing.
@@ -88,11 +89,12 @@ def identify(path: str, pattern: re.Pattern | None = None) -> Identity | None:
     sessions = [reading.session for reading in readings if reading.session]
     session = sessions[-1] if sessions else ""
     if pattern:
-        match = pattern.search(path)
-        if not match or not match[_subject_group(pattern)]:
+        match = re.search(pattern, path)
+        subject = match and match["subject" if "subject" in match.groupdict() else 1]
+        if not subject:
             return None
         rest = _find_session(path[: match.start()] + "/" + path[match.end() :])
-        return Identity(match[_subject_group(pattern)], match.groupdict().get("session") or rest)
+        return Identity(subject, match.groupdict().get("session") or rest)
     place, other, visit = _choose(parts, readings)
     padded = re.fullmatch(r"\D*(?:scan|mri|vol|volume)\D?\d{3,}", readings[-1].fallback) if readings else None
     if place is None or (padded and readings[place].sureness == _WORD):
@@ -101,15 +103,17 @@ def identify(path: str, pattern: re.Pattern | None = None) -> Identity | None:
     if other is not None:
         otherwise = readings[other].subject
         session = session or (otherwise if visit else "")
-    if place and readings[place].sureness < _PUBLIC and _is_place(parts[place - 1]):
-        otherwise, subject = otherwise or subject, f"{parts[place - 1]}_{subject}"
-    above = [
+    branch = "/".join(
         part
         for part, reading in zip(parts[:place], readings, strict=False)
-        if reading.subject or GROUPS.fullmatch(part)
-    ]
-    branch = "/".join(part for part in above if GROUPS.fullmatch(part) or not SORTING.fullmatch(part))
-    return Identity(subject, session, "" if key_subject(otherwise) == key_subject(subject) else otherwise, branch)
+        if GROUPS.fullmatch(part)
+        or (reading.subject and not SORTING.fullmatch(part) and key_subject(reading.subject) != key_subject(subject))
+    )
+    if place and readings[place].sureness < _PUBLIC and _is_place(parts[place - 1]):
+        otherwise, subject, place = otherwise or subject, f"{parts[place - 1]}_{subject}", place - 1
+    if key_subject(otherwise) == key_subject(subject):
+        otherwise = ""
+    return Identity(subject, session, otherwise, branch, place)
 
 
 def key_subject(subject: str) -> tuple[str, ...]:
@@ -152,10 +156,6 @@ def find_ambiguous(identities: list[Identity]) -> list[int]:
     ]
 
 
-def _subject_group(pattern: re.Pattern) -> str | int:
-    return "subject" if "subject" in pattern.groupindex else 1
-
-
 def _is_person_word(word: str) -> bool:
     match = SPELLED_PERSON.fullmatch(word)
     return bool(match and not match[2])
@@ -169,8 +169,11 @@ def _name_by_number(parts: list[str], readings: list[_Reading], session: str, fo
     """Who is in `scan_001`, `M001_visit1` or `visit1/T1`, where nothing else in the path names a person."""
     fallback = next((reading.fallback for reading in reversed(readings) if reading.fallback), "")
     if fallback:
-        return Identity(fallback, _find_session(parts[-1].replace(fallback, "")), folder or "")
-    return Identity(UNNAMED, session, "/".join(parts)) if session else Identity(parts[-1] if parts else UNNAMED)
+        place = max(place for place, reading in enumerate(readings) if reading.fallback == fallback)
+        return Identity(fallback, _find_session(parts[place].replace(fallback, "")), folder or "", place=place)
+    if session:
+        return Identity(UNNAMED, session, "/".join(parts))
+    return Identity(parts[-1] if parts else UNNAMED, place=max(len(parts) - 1, 0))
 
 
 def _choose(parts: list[str], readings: list[_Reading]) -> tuple[int | None, int | None, bool]:
@@ -221,7 +224,8 @@ def _read(part: str) -> _Reading:
                 subject, rest = (
                     (subject[: glued.start()], subject[glued.start() :] + rest) if glued else (subject, rest)
                 )
-            return _Reading(subject, _PUBLIC, groups.get("session") or _find_session(rest))
+            session = groups.get("session") or _find_session(rest)
+            return _Reading(subject, _PUBLIC, re.sub(r"^ses-(?=d\d{4}$)", "", session))  # OASIS-3's days
     text = JOINT.sub("_", part)
     bare = SET_ASIDE.sub(lambda match: "\0" * len(match[0]), text)
     words = [(match[0], match.start(), match.end()) for match in re.finditer(r"[^\W_]+", bare)]
@@ -229,6 +233,8 @@ def _read(part: str) -> _Reading:
     if len(words) == 1 and re.fullmatch(YEAR, words[0][0]):
         return _Reading("", _NOBODY, words[0][0], fallback=words[0][0])
     if not words or (len(words) == 1 and _is_person_word(words[0][0])):
+        if words and not session:
+            return _Reading("", _NOBODY, fallback=words[0][0])  # `patient_T1w`
         own = re.search(rf"{START}(?:[mvyw]\d+|(?:scan|mri?|im|img|image|file|vol|volume){GAP}\d+){END}", text, re.I)
         return _Reading("", _NOBODY, session, fallback=own[0] if own else "")
     who, sureness = _find_name([word for word, _, _ in words])
