@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import DataError
 from preprocessing.layouts import name_subject
-from preprocessing.scans import DataError, Scan
+from preprocessing.scans import Scan
 
 # What each table calls its columns, in lower case: OASIS-1, OASIS-2, OASIS-3, BIDS.
 COLUMNS = {

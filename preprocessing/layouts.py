@@ -35,16 +35,16 @@ LABEL = re.compile(
 class Kind(NamedTuple):
     """One kind of volume in a layout.
 
-    pattern  of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say whose
-             the volume is: `subject` and `session`; `name` where the file's own name is the same for every session;
-             `key` where masks go by something else than the name. MODALITY stands for the contrast asked for.
-    axes     where the stored axes point to, for files whose header does not tell
-    doubted  axes that the headers of this kind claim without meaning them
+    pattern     of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say
+                whose the volume is: `subject` and `session`; `name` where the file's own name is the same for every
+                session; `key` where masks are named otherwise. MODALITY stands for the contrast asked for.
+    axes        where the stored axes point to, for files whose header does not say
+    distrusted  axes that the headers of this kind give wrongly
     """
 
     pattern: str
     axes: str | None = None
-    doubted: str | None = None
+    distrusted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Found(NamedTuple):
     name: str
     identity: Identity | None  # None where --subject-pattern finds nobody
     axes: str | None
-    doubted: str | None
+    distrusted: str | None
     brain_mask: str | None
     lesion_mask: str | None
 
@@ -114,7 +114,7 @@ LAYOUTS = {
             "neurite-oasis",
             "neurite-oasis (FreeSurfer's axes)",
             tuple(
-                Kind(_NEURITE + volume, axes="LIA", doubted="RAS")
+                Kind(_NEURITE + volume, axes="LIA", distrusted="RAS")
                 for volume in ("aligned_norm", "norm", "aligned_orig", "orig")
             ),
         ),
@@ -208,7 +208,7 @@ def arrange(
             one = (groups["subject"].lower(), groups.get("session")) if "subject" in groups else (key, "")
             root = re.split(r"(?:^|/)sub-", path)[0] if layout.name == "bids" else ""  # two sets, two people
             kind = layout.scans[rank]
-            found = Found(path, name, identity, kind.axes, kind.doubted, _pick(brains, key), _pick(lesions, key))
+            found = Found(path, name, identity, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key))
             sessions.setdefault((root, *one), []).append((rank, found))
         elif path not in masks:
             label = LABEL.search(strip_ending(path))

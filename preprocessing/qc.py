@@ -1,21 +1,21 @@
-"""The contact sheet: the middle slice of every scan, so that one glance finds the one that lies wrong."""
+"""The contact sheet: the middle slice of every scan, so that one glance finds a scan that lies wrong."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.files import write_figure
 from preprocessing.store import StoredScan
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLUMNS, ROWS = 8, 5
-SIDES = {
-    "L": (0.02, 0.5),
-    "R": (0.98, 0.5),
-    "A": (0.5, 0.98),
-    "P": (0.5, 0.02),
-}  # nose up, the subject's left on the left
+SIDES = {"L": (0.02, 0.5), "R": (0.98, 0.5), "A": (0.5, 0.98), "P": (0.5, 0.02)}  # nose up, left on the left
 
 
 def draw_contact_sheet(scans: list[StoredScan], processed: Path) -> list[Path]:
@@ -34,20 +34,20 @@ def draw_contact_sheet(scans: list[StoredScan], processed: Path) -> list[Path]:
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, scan in zip(grid.flat, page, strict=False):
-            middle = scan.read_middle()
-            axes.imshow(middle.astype(np.float32), cmap="gray", vmin=0, vmax=1, origin="lower")
-            name = scan.name if len(scan.name) <= 26 else f"{scan.name[:12]}…{scan.name[-13:]}"
-            place = scan.folder.relative_to(processed)
-            title = f"{name}\n{place.parts[0]}/{scan.label} {scan.record['axes']}"
-            title = title.encode("utf-8", "replace").decode()
-            axes.set_title(title, fontsize=7, color="white", pad=2, parse_math=False)
-            for side, (x, y) in SIDES.items():
-                axes.text(x, y, side, transform=axes.transAxes, color="orange", fontsize=7, ha="center", va="center")
-        path = processed / ("qc.png" if start == 0 else f"qc-{start // (COLUMNS * ROWS) + 1}.png")
-        unfinished = path.with_name(f".{path.name}")
+            draw_scan(axes, scan)
+        pages.append(processed / ("qc.png" if start == 0 else f"qc-{len(pages) + 1}.png"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of letters that the font lacks: a box stands for them
-            figure.savefig(unfinished, dpi=110, format="png")
-        unfinished.replace(path)
-        pages.append(path)
+            write_figure(pages[-1], figure)
     return pages
+
+
+def draw_scan(axes: Axes, scan: StoredScan) -> None:
+    """A scan's middle slice with its sides, under its name, place and stored axes."""
+    middle = scan.read_middle().astype(np.float32)
+    axes.imshow(middle, cmap="gray", vmin=0, vmax=1, origin="lower")
+    name = scan.name if len(scan.name) <= 26 else f"{scan.name[:12]}…{scan.name[-13:]}"
+    title = f"{name}\n{scan.split}/{scan.label} {scan.record['axes']}".encode("utf-8", "replace").decode()
+    axes.set_title(title, fontsize=7, color="white", pad=2, parse_math=False)
+    for side, (x, y) in SIDES.items():
+        axes.text(x, y, side, transform=axes.transAxes, color="orange", fontsize=7, ha="center", va="center")

@@ -1,19 +1,18 @@
-"""Finds the scans in a folder and knows whose they are: split, label, subject, session, masks."""
+"""Finds the scans in a folder: whose they are, their masks, and in a split/label tree their split and label."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import DataError as DataError
+from common.cli import DataError
 from preprocessing.folders import arrange_folder
 from preprocessing.layouts import CONTRAST, LAYOUTS, arrange, name_contrast, recognise
-from preprocessing.subjects import find_ambiguous, key_subject, strip_ending, unify
+from preprocessing.subjects import find_ambiguous, strip_ending, unify
 from preprocessing.vocabulary import ENDINGS
 
 SPLITS = ("train", "val", "test")
@@ -24,7 +23,7 @@ TREE = "split/label tree"
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume on disk and what is known about it; split and label are empty until something says them."""
+    """One volume on disk and what is known about it; split and label are empty until they are known."""
 
     path: Path
     name: str  # what the scan is called everywhere: the file's name without its ending, as a rule
@@ -34,8 +33,8 @@ class Scan:
     session: str
     brain_mask: Path | None
     lesion_mask: Path | None
-    axes: str | None = None  # where the stored axes point to, if the header does not tell
-    doubted: str | None = None  # axes in the header that are not to be believed
+    axes: str | None = None  # where the stored axes point to, if the header does not say
+    distrusted: str | None = None  # axes that are not believed where the header says them
     age: float | None = None  # years
     sex: str | None = None  # "F" or "M"
     otherwise: str = ""  # the subject in another reading of the path (`subjects.Identity`)
@@ -65,11 +64,11 @@ def search(
 ) -> Search:
     """Find the scans under a folder, symbolic links followed once, `besides` (the slice store) left alone.
 
-    With `<raw>/{train,val,test}/{normal,abnormal}` the tree gives split and label, and what lies in it may have any
-    layout; otherwise `layout` or what the paths look like decides, and split and label are left empty. In the tree,
-    masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where id is the scan's name
-    with or without its contrast (`_T1w`). Lesion masks belong to abnormal scans. `pattern` says the subject of each
-    path; without it `subjects.identify` does.
+    Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
+    may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
+    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where
+    id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion masks.
+    `pattern` says the subject of each path; without it `subjects.identify` does.
     """
     if not raw.is_dir():
         raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
@@ -92,21 +91,6 @@ def search(
     return found._replace(scans=scans, refused=found.refused + same_names)
 
 
-def find_scans(raw: Path) -> list[Scan]:
-    """All scans of a split/label tree, sorted by split, label and name.
-
-    Raises DataError where there are no scans, where two files would get one name, or where a subject stands in two
-    splits.
-    """
-    found = search(raw, TREE)
-    if found.refused:
-        raise DataError(found.refused[0][1])
-    if not found.scans:
-        raise DataError(explain_no_scans(raw))
-    refuse_leaks((scan.subject, scan.split, str(scan.path)) for scan in found.scans)
-    return found.scans
-
-
 def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
     """The one line where nothing can be preprocessed; files of another contrast say which --modality takes them."""
     others = sorted({name_contrast(path) for path, why in left_out if why.startswith("shows ")} & {*MODALITIES})
@@ -116,18 +100,6 @@ def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
         f"{raw}: no scans ({', '.join(ENDINGS)}) in it that its layout knows; put healthy scans into "
         f"{raw / 'train' / 'normal'}, or give --raw another folder"
     )
-
-
-def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
-    """Raise DataError if one subject, however spelled, stands in two splits; takes (subject, split, where) triples."""
-    seen = {}
-    for subject, split, where in subjects:
-        other_split, other = seen.setdefault(key_subject(subject), (split, where))
-        if other_split != split:
-            raise DataError(
-                f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "
-                "all scans of a subject belong in one split, move or delete one side"
-            )
 
 
 def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
@@ -186,7 +158,7 @@ def _search_folder(
             brain_mask=folder / one.brain_mask if one.brain_mask else None,
             lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
             axes=one.axes,
-            doubted=one.doubted,
+            distrusted=one.distrusted,
             otherwise=one.identity.otherwise,
             branch=one.identity.branch,
         )

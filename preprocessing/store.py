@@ -79,6 +79,10 @@ class StoredScan:
         return self.folder.parent.name
 
     @property
+    def split(self) -> str:
+        return self.folder.parents[1].name
+
+    @property
     def size(self) -> int:
         """Pixels along each side of a slice."""
         return self.settings[0]

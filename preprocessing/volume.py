@@ -1,4 +1,4 @@
-"""Reads a scan into canonical RAS order, reads its masks, and finds the brain where no mask says it.
+"""Reads a scan and its masks into canonical RAS order, and finds the brain where there is no mask.
 
 Axis 0 runs left to right, axis 1 posterior to anterior, axis 2 inferior to superior.
 """
@@ -39,12 +39,12 @@ class Volume:
     missing: np.ndarray | None = None
 
 
-def read_volume(path: Path, axes: str | None = None, doubted: str | None = None, index: int | None = None) -> Volume:
+def read_volume(path: Path, axes: str | None = None, distrusted: str | None = None, index: int | None = None) -> Volume:
     """Read a scan into canonical RAS order; the arguments are `read_image`'s. Raises DataError with the cure.
 
     Voxels that are not finite become 0 and are listed in `missing`.
     """
-    image = read_image(path, axes, doubted, index)
+    image = read_image(path, axes, distrusted, index)
     orientation = io_orientation(image.affine)
     values = apply_orientation(image.values, orientation)
     missing = None
@@ -67,9 +67,9 @@ def read_volume(path: Path, axes: str | None = None, doubted: str | None = None,
     )
 
 
-def read_mask(path: Path, volume: Volume, axes: str | None = None, doubted: str | None = None) -> np.ndarray:
+def read_mask(path: Path, volume: Volume, axes: str | None = None, distrusted: str | None = None) -> np.ndarray:
     """Read a mask of this volume as (X, Y, Z) bool in canonical order; DataError where it does not fit the scan."""
-    mask = read_image(path, axes, doubted)
+    mask = read_image(path, axes, distrusted)
     if mask.values.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
         raise DataError(
             f"{path}: shape {mask.values.shape} and affine do not fit its scan ({volume.shape}); "
@@ -82,7 +82,7 @@ def read_mask(path: Path, volume: Volume, axes: str | None = None, doubted: str 
 
 
 def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
-    """Find what to look at in a scan that has no brain mask: (mask (X, Y, Z) bool, whether the skull is off).
+    """The brain or head in a scan that has no brain mask: (mask (X, Y, Z) bool, whether the skull is off).
 
     A skull-stripped scan has one constant outside and what is left is no larger than a brain. Otherwise the whole
     head is taken: what lies above Otsu's threshold, closed and filled.

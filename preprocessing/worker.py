@@ -43,11 +43,11 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
         old = read_scan(folder)
         if old and all(old.record.get(key) == value for key, value in made_with.items()):
             return "unchanged", ""
-        loaded, volume = _cut(scan.path, scan.brain_mask, settings, scan.axes, scan.doubted)
+        loaded, volume = _cut(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
         record = {"scan": scan.name, "source": str(scan.path)}
         lesion = None
         if scan.lesion_mask:
-            mask = read_mask(scan.lesion_mask, volume, scan.axes, scan.doubted)
+            mask = read_mask(scan.lesion_mask, volume, scan.axes, scan.distrusted)
             lesion = loaded.geometry.cut_mask(mask)
             # on the scan's own grid
             record["lesion_voxels"] = mask.sum(axis=(0, 1))[list(loaded.geometry.slices)].tolist()
@@ -70,7 +70,7 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
 def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None) -> LoadedScan:
     """A scan straight from its file, cut as preprocessing cuts it. Raises DataError with the cure.
 
-    axes  where the stored axes point to, for a file whose header does not tell; a header that tells it is believed
+    axes  where the stored axes point to, for a file whose header does not say; a header that does is believed
     """
     try:
         return _cut(path, brain_mask, settings)[0]
@@ -78,14 +78,14 @@ def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: s
         if axes is None:
             raise
     loaded = _cut(path, brain_mask, settings, axes)[0]
-    return replace(loaded, warnings=(f"its header does not tell its orientation; {axes} is taken on trust",))
+    return replace(loaded, warnings=(f"its header does not give its orientation; {axes} is taken on trust",))
 
 
 def _cut(
-    path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, doubted: str | None = None
+    path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
 ) -> tuple[LoadedScan, Volume]:
-    volume = read_volume(path, axes, doubted, settings.volume)
-    brain, skull_off = (read_mask(brain_mask, volume, axes, doubted), True) if brain_mask else find_brain(volume)
+    volume = read_volume(path, axes, distrusted, settings.volume)
+    brain, skull_off = (read_mask(brain_mask, volume, axes, distrusted), True) if brain_mask else find_brain(volume)
     if not brain.any():
         raise DataError(f"{path}: is the same everywhere, no brain is seen; convert it again from its source")
     fov_mm = settings.fov_mm or FOV_MM[skull_off]
@@ -113,7 +113,7 @@ def _describe(scan: Scan, settings: CutSettings) -> dict:
         "fov_mm": settings.fov_mm,
         "size": settings.size,
         "volume": settings.volume,
-        "axes_rule": [scan.axes, scan.doubted],
+        "axes_rule": [scan.axes, scan.distrusted],
     }
 
 

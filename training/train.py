@@ -21,7 +21,6 @@ if not __package__:
 
 import numpy as np
 import torch
-from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 
 from common import distributed
 from common.cli import list_flags, parse_flags, silence
@@ -30,7 +29,7 @@ from common.files import write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import CheckpointError, load_checkpoint
 from preprocessing.scans import DataError, refuse_leaks
-from preprocessing.subjects import key_subject
+from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
 from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -47,13 +46,13 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         raise DataError(f"{data / 'train' / 'normal'}: no slices; run preprocessing/preprocess_oasis.py first")
     validation = list(list_scans(data / "val" / "normal"))
     if not validation:
-        subjects = sorted({key_subject(scan.subject): scan.subject for scan in reversed(train)}.values())
+        subjects = sorted({scan.subject for scan in train})
         if len(subjects) < 2:
             raise DataError(f"{data / 'train'}: only one subject; add scans of others, one is needed for validation")
         count = max(1, round(val_fraction * len(subjects)))
-        held_out = {key_subject(subject) for subject in np.random.default_rng(seed).permutation(subjects)[:count]}
-        validation = [scan for scan in train if key_subject(scan.subject) in held_out]
-        train = [scan for scan in train if key_subject(scan.subject) not in held_out]
+        held_out = set(np.random.default_rng(seed).permutation(subjects)[:count])
+        validation = [scan for scan in train if scan.subject in held_out]
+        train = [scan for scan in train if scan.subject not in held_out]
     test = list_scans(data / "test")
     refuse_leaks(
         (scan.subject, split, str(scan.folder))
