@@ -19,7 +19,7 @@ _ENDS = {
     "brain mask": r"(?:^|[_.-])bet[_-]bet$"
     r"|(?:^|[_.-])(?:[^\W_]*brain[^\W_]*|(?:hd[_-]?)?bet\d?|synthstrip|deepbet|robex)?[_-]?mask$",
     "stripped": r"(?:^|[_.-])(?:(?:hd[_-]?)?bet\d?|(?:skull[_-]?)?stripped|skullstrip|ss|synthstrip|deepbet|robex)$"
-    r"|[_.-]?BrainExtractionBrain$",
+    r"|(?:^|[_.-])BrainExtractionBrain$",
     "brain": r"[_.-]brain$",  # the scan without its skull, or SynthStrip's mask beside that
 }
 _FOLDERS = {
@@ -83,7 +83,7 @@ def arrange_folder(
     scans = [volume for volume in volumes if volume.kind in ("", "stripped", "brain")]
     left_out |= _leave_contrasts(scans, modality)
     scans = [volume for volume in scans if volume.path not in left_out]
-    more_masks, not_taken = _leave_doubles(scans, masks)
+    more_masks, not_taken = _leave_doubles(scans)
     masks, left_out = masks + more_masks, left_out | not_taken
     apart = {mask.path for mask in more_masks} | set(left_out)
     scans = [volume for volume in scans if volume.path not in apart]
@@ -114,6 +114,7 @@ def _read_name(path: str, channels: dict[int, str]) -> _Volume:
     channel = re.search(r"_(\d{4})$", base) if re.fullmatch(r"images?t[rs]", last, re.IGNORECASE) else None
     if channel:
         base, contrast = base[: channel.start()], channels.get(int(channel[1]), "" if channel[1] == "0000" else "other")
+    base = re.sub(r"(?<=[^\W_])(?=BrainExtraction(?:Brain|Mask)$)", "_", base)  # ANTs
     while True:  # `p7_T1w_brain_mask`, `p7_synthstrip_mask`: the last word decides what it is
         name, match = next(
             ((name, match) for name, end in _ENDS.items() if (match := re.search(end, base, re.IGNORECASE))), ("", None)
@@ -139,33 +140,30 @@ def _leave_contrasts(scans: list[_Volume], modality: str) -> dict[str, str]:
     return left_out
 
 
-def _leave_doubles(scans: list[_Volume], masks: list[_Volume]) -> tuple[list[_Volume], dict[str, str]]:
+def _leave_doubles(scans: list[_Volume]) -> tuple[list[_Volume], dict[str, str]]:
     """(masks among the scans, {path: why} of other forms of a scan that is taken)."""
     groups, generic = defaultdict(list), defaultdict(list)
     for volume in scans:
         groups[volume.folder, volume.plain].append(volume)
-    masked = {(mask.folder, mask.plain) for mask in masks if mask.kind == "brain mask"}
-    extra_masks, left_out = [], {}
-    for key, group in groups.items():
-        stripped = [volume for volume in group if volume.kind == "stripped"]
-        if stripped and key not in masked:
-            extra_masks += [replace(volume, kind="brain mask") for volume in group if volume.kind == "brain"][:1]
-        brains = stripped + [volume for volume in group if volume.kind == "brain"]
+    masks, left_out = {}, {}
+    for group in groups.values():
+        brains = [volume for volume in group if volume.kind == "stripped"]
+        others = [volume for volume in group if volume.kind == "brain"]
+        if brains and others:
+            masks[others[0].path] = replace(others.pop(0), kind="brain mask")
         heads = [volume for volume in group if volume.kind == ""]
-        taken = heads[0] if heads else brains[0]
-        for volume in brains:
-            if volume is not taken and volume.path not in {mask.path for mask in extra_masks}:
-                left_out[volume.path] = f"its session is read from {taken.path}"
+        taken = (heads + brains + others)[0]
+        left_out |= {v.path: f"its session is read from {taken.path}" for v in brains + others if v is not taken}
+    scans = [volume for volume in scans if volume.path not in masks and volume.path not in left_out]
     for volume in scans:
-        if volume.path not in left_out:
-            place = re.sub(r"(?:^|/)(?:mri|anat\d*|nifti|raw|t[12]w?|flair)$", "", volume.folder, flags=re.IGNORECASE)
-            generic[place if volume.rank is not None else volume.path].append(volume)
+        place = re.sub(r"(?:^|/)(?:mri|anat\d*|nifti|raw|t[12]w?|flair)$", "", volume.folder, flags=re.IGNORECASE)
+        generic[place if volume.rank is not None else volume.path].append(volume)
     for group in generic.values():
         best = min(group, key=lambda volume: volume.rank or 0)
         left_out |= {volume.path: f"its session is read from {best.path}" for volume in group if volume is not best}
-    own = {volume.folder for volume in scans if not _LOCALIZER.search(volume.stem) and volume.path not in left_out}
-    left_out |= {v.path: "a localizer" for v in scans if _LOCALIZER.search(v.stem) and v.folder in own}
-    return extra_masks, left_out
+    folders = {volume.folder for volume in scans if not _LOCALIZER.search(volume.stem)}
+    left_out |= {v.path: "a localizer" for v in scans if _LOCALIZER.search(v.stem) and v.folder in folders}
+    return list(masks.values()), left_out
 
 
 def _name_scans(scans: list[_Volume]) -> dict[str, str]:

@@ -152,7 +152,7 @@ def find_ambiguous(identities: list[Identity]) -> list[int]:
     return [
         index
         for index, (key, other) in enumerate(zip(keys, others, strict=True))
-        if here[key] != there[other] or len(branches[key]) > 1
+        if (other != key and here[key] != there[other]) or len(branches[key]) > 1
     ]
 
 

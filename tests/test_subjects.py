@@ -81,6 +81,7 @@ AB12_18042006.nii.gz | AB12 | 18042006
 anna_20110101.nii.gz | anna | 2011-01-01
 p7_110101_T1.nii.gz | p7 | 110101
 p7_run-2.nii.gz | p7 |
+anna_r2_T1.nii.gz | anna |
 M001_visit1.nii.gz | M001 | visit1
 # visits, dates and contrasts as folders
 S001/2010-01-01/T1.nii.gz | S001 | 2010-01-01
