@@ -150,7 +150,8 @@ def _leave_doubles(scans: list[_Volume]) -> tuple[list[_Volume], dict[str, str]]
         brains = [volume for volume in group if volume.kind == "stripped"]
         others = [volume for volume in group if volume.kind == "brain"]
         if brains and others:
-            masks[others[0].path] = replace(others.pop(0), kind="brain mask")
+            mask = others.pop(0)
+            masks[mask.path] = replace(mask, kind="brain mask")
         heads = [volume for volume in group if volume.kind == ""]
         taken = (heads + brains + others)[0]
         left_out |= {v.path: f"its session is read from {taken.path}" for v in brains + others if v is not taken}
