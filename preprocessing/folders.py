@@ -38,6 +38,8 @@ _FREESURFER = ("norm", "t1", "orig", "nu")
 _PASSED_OVER = re.compile(r"mri|anat\d*|nifti|raw|(?:t[12]w?|flair|mprage)", re.IGNORECASE)  # in the name of a scan
 _LOCALIZER = re.compile(r"(?:^|[_.-])(?:localizers?|localisers?|scout|survey|3-?plane)(?:[_.-]|$)", re.IGNORECASE)
 
+_SPM = re.compile(r"(?:m?w[mc]?[1-3]?|r?c[1-6]|i?y_|co|[rmsoyu])(?=.)")  # what SPM and CAT12 put before a file's name
+
 
 @dataclass(frozen=True)
 class _Volume:
@@ -162,6 +164,12 @@ def _leave_doubles(scans: list[_Volume]) -> tuple[list[_Volume], dict[str, str]]
     for group in generic.values():
         best = min(group, key=lambda volume: volume.rank or 0)
         left_out |= {volume.path: f"its session is read from {best.path}" for volume in group if volume is not best}
+    stems = {(volume.folder, volume.stem): volume for volume in scans}
+    for volume in scans:
+        prefix = _SPM.match(volume.stem)
+        source = stems.get((volume.folder, volume.stem[prefix.end() :])) if prefix else None
+        if source:
+            left_out[volume.path] = f"made by SPM from {source.path}"
     folders = {volume.folder for volume in scans if not _LOCALIZER.search(volume.stem)}
     left_out |= {v.path: "a localizer" for v in scans if _LOCALIZER.search(v.stem) and v.folder in folders}
     return list(masks.values()), left_out

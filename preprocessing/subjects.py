@@ -235,7 +235,7 @@ def _read(part: str) -> _Reading:
     if not words or (len(words) == 1 and _is_person_word(words[0][0])):
         if words and not session:
             return _Reading("", _NOBODY, fallback=words[0][0])  # `patient_T1w`
-        own = re.search(rf"{START}(?:[mvyw]\d+|(?:scan|mri?|im|img|image|file|vol|volume){GAP}\d+){END}", text, re.I)
+        own = re.search(rf"{START}(?:[mvywr]\d+|(?:scan|mri?|im|img|image|file|vol|volume){GAP}\d+){END}", text, re.I)
         return _Reading("", _NOBODY, session, fallback=own[0] if own else "")
     who, sureness = _find_name([word for word, _, _ in words])
 
@@ -282,7 +282,8 @@ def _find_name(words: list[str]) -> tuple[list[int], int]:
                 continue
             if sureness == _LETTERED and place and match[1] in "sS" and any(map(_has_digit, words[:place])):
                 continue  # `AB12_s2`
-            return list(range(place + (1 if match[2] else 2))), sureness
+            end = place + (1 if match[2] else 2)
+            return [i for i in range(end) if i >= place or not re.fullmatch(YEAR, words[i])], sureness
     numbered = [place for place, word in enumerate(words) if _has_digit(word)]
     long = [place for place in numbered if len(words[place]) > 2 and not re.fullmatch(YEAR, words[place])]
     days = {place for place in long if _is_day(words[place]) and len(long) > 1}

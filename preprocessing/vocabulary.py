@@ -21,12 +21,12 @@ GAP = r"[-_.\s]?"
 KNOWN = tuple(
     re.compile(START + pattern, re.IGNORECASE)
     for pattern in (
-        r"OAS[1-4][-_]?\d{4}(?!\d)",
+        r"OAS(?:[1-4][-_]?\d{4}|[12][-_]\d{1,4})(?!\d)",
         r"sub-[^\W_]+",  # BIDS
-        r"(?:ADNI[-_]?)?(?P<subject>\d{3}[-_]?S[-_]?\d{4,5})(?!\d)",
-        r"(?P<subject>miriad[-_]\d{3})(?:[-_][A-Z]+[-_][MF][-_](?P<session>\d\d))?",
+        r"(?:ADNI[-_]?)?(?P<subject>\d{3}[-_]?S[-_]?\d{4,5}|\d{1,3}[-_]S[-_]\d{1,5})(?!\d)",
+        r"(?P<subject>miriad[-_]\d{1,3})(?:[-_][A-Z]+[-_][MF][-_](?P<session>\d\d))?",
         r"(?:NACC|AIBL|PPMI)[-_]?\d+",
-        r"IXI\d{3}",
+        r"IXI\d{1,3}",
         r"(?P<subject>BraTS-[A-Z]+-\d+)(?:-(?P<session>\d{3}))?",
         r"(?P<subject>BraTS1\d[-_][^\W_]+[-_][^\W_]+)(?:[-_](?P<session>\d)(?!\d))?",
         r"BraTS\d{2,4}[-_](?:(?:Training|Validation|Testing)[-_])?\d{3,5}",
@@ -63,7 +63,7 @@ _SESSION = _one_of(
     rf"""
     ses-[^\W_]+
     {_VISIT}{GAP}{_COUNT}
-    (?:(?:re)?scan|study|mri?){GAP}\d+
+    (?:(?:re)?scan|study|mri?){GAP}\d{{1,4}}
     {_PERIOD}{GAP}\d+(?:-\d)?  \d+{GAP}(?:{_PERIOD}|[mywd])  [mvywd]\d+  t(?:0|[3-9]|1\d)
     \d(?:st|nd|rd|th)(?:{GAP}(?:{_VISIT}|scan))?
     bl baseline base sc screening screen {_VISIT} retest rescan initial first second third last

@@ -44,6 +44,11 @@ def take(paths, modality="t1", channels=None):
         (["head/p0.nii", "stripped/p0.nii", "brain_masks/p0.nii"], "head/p0.nii", "brain_masks/p0.nii"),
         (["anna/T1.nii", "anna/T1_brain.nii", "anna/brain_mask.nii"], "anna/T1.nii", "anna/brain_mask.nii"),
         (["anna/T1.nii", "anna/mask.nii"], "anna/T1.nii", "anna/mask.nii"),
+        (
+            ["p0_T1.nii", "rp0_T1.nii", "wmp0_T1.nii", "mwc1p0_T1.nii", "c1p0_T1.nii", "p0_T1_mask.nii"],
+            "p0_T1.nii",
+            "p0_T1_mask.nii",
+        ),
         (["anna/T1_stripped.nii", "anna/T1_brain.nii"], "anna/T1_stripped.nii", "anna/T1_brain.nii"),
         (["masks.nii"], "masks.nii", None),
         (["a/masks_T1w.nii"], "a/masks_T1w.nii", None),

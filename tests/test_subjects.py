@@ -21,8 +21,10 @@ ADNI/002_S_0295/MP-RAGE/2006-04-18_08_20_30.0/I4/ADNI_002_S_0295_MR_MP-RAGE__br_
 002_S_0295_m12.nii | 002_S_0295 | m12
 adni/002S0295_bl_T1.nii.gz | 002S0295 | bl
 sub-ADNI002S0295/ses-M012/anat/sub-ADNI002S0295_ses-M012_T1w.nii.gz | sub-ADNI002S0295 | ses-M012
+oas1_1_mr1.nii | oas1_1 | mr1
 miriad/miriad_188_AD_M_01_MR_1.nii | miriad_188 | 01
 miriad/188/miriad_188_HC_F_12_MR_2/miriad_188_HC_F_12_MR_2.nii | miriad_188 | 12
+NACC123456_MRI_20120101.nii | NACC123456 | 2012-01-01
 NACC01_20110101.nii.gz | NACC01 | 2011-01-01
 NACC000123_20110101_T1/T1.nii.gz | NACC000123 | 2011-01-01
 IXI105-HH-1471-T1.nii.gz | IXI105 |
@@ -82,6 +84,8 @@ anna_20110101.nii.gz | anna | 2011-01-01
 p7_110101_T1.nii.gz | p7 | 110101
 p7_run-2.nii.gz | p7 |
 anna_r2_T1.nii.gz | anna |
+2011_p7.nii.gz | p7 | 2011
+R01_T1.nii.gz | R01 |
 M001_visit1.nii.gz | M001 | visit1
 # visits, dates and contrasts as folders
 S001/2010-01-01/T1.nii.gz | S001 | 2010-01-01
@@ -260,7 +264,7 @@ def test_case_padding_and_gaps_tell_nobody_apart():
     for spellings in (
         ("P01", "p1", "p_001", "P-1"),
         ("002_S_0295", "002S0295", "sub-ADNI002S0295", "ADNI_002_S_0295"),
-        ("OAS1_0001", "oas1_0001", "sub-OASIS10001"),
+        ("OAS1_0001", "oas1_0001", "OAS1_1", "sub-OASIS10001"),
         ("OAS30001", "sub-OAS30001"),
         ("sub-01", "01", "1"),
         ("AIBL_7", "sub-AIBL7"),
