@@ -235,7 +235,7 @@ def _read(part: str) -> _Reading:
     if not words or (len(words) == 1 and _is_person_word(words[0][0])):
         if words and not session:
             return _Reading("", _NOBODY, fallback=words[0][0])  # `patient_T1w`
-        own = re.search(rf"{START}(?:[mvywr]\d+|(?:scan|mri?|im|img|image|file|vol|volume){GAP}\d+){END}", text, re.I)
+        own = re.search(rf"{START}(?:[mvywrd]\d+|(?:scan|mri?|im|img|image|file|vol|volume){GAP}\d+){END}", text, re.I)
         return _Reading("", _NOBODY, session, fallback=own[0] if own else "")
     who, sureness = _find_name([word for word, _, _ in words])
 
