@@ -60,18 +60,19 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
         )
     clinical = read_clinical(rules.clinical) if rules.clinical else None
     scans, not_labelled = label_scans(found.scans, clinical, rules.label, rules.blank)
+    subjects = {scan.name: scan.subject for scan in scans}  # as names are read today, whatever an older store says
+    kept = [(subjects.get(old.name, old.subject), old.split, str(old.folder)) for old in stored]
     if not in_tree:
-        scans = split_subjects(scans, rules.fractions, rules.seed, splits | {old.subject: old.split for old in stored})
+        refuse_leaks(kept)
+        splits = splits | {subject: split for subject, split, _ in kept}
+        scans = split_subjects(scans, rules.fractions, rules.seed, splits)
     if rules.axes:
         scans = [replace(scan, axes=rules.axes, distrusted=None) for scan in scans]
     scans.sort(key=lambda scan: (SPLITS.index(scan.split), LABELS.index(scan.label), scan.name))
     if not scans:
         raise DataError(f"{raw}: none of its {len(found.scans)} scans has a label; {not_labelled[0][1]}")
     refuse_relabelled(scans, stored)
-    refuse_leaks(
-        [(scan.subject, scan.split, str(scan.path)) for scan in scans]
-        + [(old.subject, old.split, str(old.folder)) for old in stored]
-    )
+    refuse_leaks([(scan.subject, scan.split, str(scan.path)) for scan in scans] + kept)
     refuse_mixture("have a brain mask", ((scan.brain_mask is not None, scan.path) for scan in scans))
     return found._replace(scans=scans, left_out=found.left_out + not_labelled)
 

@@ -215,6 +215,18 @@ def test_a_plan_leaks_no_subject_in_the_folder_nor_from_the_store(tree):
         plan_tree(tree)
 
 
+def test_a_store_that_took_visits_for_people_keeps_their_split_or_is_refused(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name in ("p7_visit1", "p7_visit2", "p8_visit1", "p9_visit1"):
+        (tmp_path / f"raw/{name}.nii").touch()
+    stored = [replace(make_stored(tmp_path, "p7_visit1", "val/normal"), subject="p7_visit1")]
+    found = plan_tree(tmp_path, stored, label="normal")
+    assert {scan.split for scan in found.scans if scan.subject == "p7"} == {"val"}
+    stored += [replace(make_stored(tmp_path, "p7_visit2", "train/normal"), subject="p7_visit2")]
+    with pytest.raises(DataError, match=r"subject p7 is in train and in val"):
+        plan_tree(tmp_path, stored, label="normal")
+
+
 def test_a_scan_under_the_other_label_has_been_relabelled(tree):
     stored = make_stored(tree, "c_T1w", "test/normal")
     with pytest.raises(DataError, match=r"test/normal/c_T1w: is test/abnormal now; delete this folder"):
