@@ -9,6 +9,7 @@ ways keeps the other reading, so that it can be reported.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -211,6 +212,7 @@ def _choose(parts: list[str], readings: list[_Reading]) -> tuple[int | None, int
     return inner, None, False
 
 
+@functools.lru_cache(maxsize=4096)  # folders stand in many paths
 def _read(part: str) -> _Reading:
     """What one part of a path says about person and session."""
     part = re.sub(r"\.long\..*", "", part)  # FreeSurfer's longitudinal folders: `p7_m12.long.p7_base`
