@@ -162,9 +162,9 @@ def list_lesions(
 ) -> list[dict]:
     """The lesions of a mask (n, H, W) bool, and how far the anomaly map (n, H, W) at a threshold finds each.
 
-    Parts with at most two pixels between them are one lesion; what is under SMALLEST_LESION_ML is none. Each with its volume
-    (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least
-    FOUND_SHARE; `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
+    Parts with at most two pixels between them are one lesion; what is under SMALLEST_LESION_ML is none. Of each its
+    volume (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least FOUND_SHARE;
+    `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
     """
     touching = np.ones((3, 3, 3))
     lesion = lesion & np.isfinite(anomaly)

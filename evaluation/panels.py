@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from scipy import ndimage
+from skimage.util import montage
 
 from common.files import write_figure
 from evaluation.predictor import Prediction
@@ -25,13 +26,14 @@ NOT_SCORED = 0.5  # grey
 LESION_COLOUR = "#56B4E9"
 ANOMALY_LABEL = "anomaly, times the scan's median"
 COLUMNS = 8  # of a montage
+MONTAGE_SLICES = 48
 
 
 def overlay(slice_: np.ndarray, anomaly: np.ndarray, top: float) -> np.ndarray:
     """The anomaly map laid over slices, both (..., H, W), as RGB (..., H, W, 3) in [0, 1]; strongest where highest."""
     strength = np.clip(np.nan_to_num(anomaly) / top, 0, 1)[..., None]
     grey = np.repeat(slice_.astype(np.float32)[..., None], 3, axis=-1)
-    opacity = np.clip(2 * strength - 0.3, 0, 0.85)  # what is usual leaves the slice as it is
+    opacity = np.clip(2 * strength - 0.3, 0, 0.85)  # expected values leave the slice as it is
     mixed = grey * (1 - opacity) + ANOMALY_COLOURS(strength[..., 0])[..., :3] * opacity
     return np.where(np.isfinite(anomaly)[..., None], mixed, NOT_SCORED)
 
@@ -91,17 +93,14 @@ def _draw_row(axes: list[plt.Axes], prediction: Prediction, i: int):
 def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     """All kept slices of a scan from the lowest to the highest, at most 48 of them, with the anomaly map over each."""
     scan = prediction.scan
-    shown = np.unique(np.linspace(0, len(scan.geometry.slices) - 1, 48).round().astype(int))
+    shown = np.unique(np.linspace(0, len(scan.stack) - 1, MONTAGE_SLICES).round().astype(int))
     tiles = overlay(scan.stack[shown], prediction.anomaly[shown], 2 * prediction.threshold)
     if scan.lesion is not None:
         tiles[outline(scan.lesion[shown])] = to_rgb(LESION_COLOUR)
     tiles = tiles[(slice(None), *find_crop((scan.stack > 0).any(axis=0)))]
     (tall, wide), rows = tiles.shape[1:3], -(-len(tiles) // COLUMNS)
-    canvas = np.full((rows * tall, COLUMNS * wide, 3), NOT_SCORED, dtype=np.float32)
-    for place, tile in enumerate(tiles):
-        row, column = divmod(place, COLUMNS)
-        # the canvas is drawn from the top, a slice from the bottom
-        canvas[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide] = tile[::-1]
+    upright = tiles[:, ::-1]  # the canvas is drawn from the top, a slice from the bottom
+    canvas = montage(upright, fill=[NOT_SCORED] * 3, grid_shape=(rows, COLUMNS), channel_axis=-1)
     width, height, top = 11.0, 10.0 * canvas.shape[0] / canvas.shape[1], 0.4
     figure = plt.figure(figsize=(width, height + top))
     axis = figure.add_axes((0, 0, 10 / width, height / (height + top)))

@@ -178,7 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same bytes")
     args = parser.parse_args(argv)
     if min(args.train, args.val, args.test_normal, args.test_abnormal, args.seed) < 0:
-        parser.error("the numbers of scans and --seed are 0 or more")
+        parser.error("--train, --val, --test-normal, --test-abnormal and --seed are 0 or more")
     if not 0.8 <= args.voxel_size <= 8:
         parser.error("--voxel-size is 0.8 to 8 mm")
     if args.workers == 0:

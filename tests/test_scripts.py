@@ -12,6 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
     "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py",
+    "benchmarks/growth.py",
 ]  # fmt: skip
 MAY_IMPORT = {
     "preprocessing": {"preprocessing"},
@@ -74,7 +75,7 @@ def test_folders_depend_one_way_and_scripts_are_not_imported():
 @pytest.mark.slow
 def test_the_benchmark_ends_with_a_line_of_figures(tmp_path):
     small = ["--rounds", "1", "--steps", "1", "--size", "32", "--scans", "2", "--slices", "8", "--batch-size", "4"]
-    for arguments, figure in ((small, "train_dae_fp32"), (["--growth", "50"], "listing")):
-        result = run_script(PROJECT / "benchmarks/speed.py", *arguments, cwd=tmp_path)
+    for script, arguments, figure in (("speed", small, "train_dae_fp32"), ("growth", ["--scans", "50"], "listing")):
+        result = run_script(PROJECT / f"benchmarks/{script}.py", *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1])[figure]
