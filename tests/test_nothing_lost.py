@@ -21,7 +21,6 @@ import training.train as training
 from common.cli import DataError
 from common.files import hold_folder
 from evaluation.evaluate import main as evaluate
-from models.checkpoint import CheckpointError
 from preprocessing.preprocess_oasis import main as preprocess
 from tests.conftest import SIZE, TINY
 
@@ -163,6 +162,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(processed, tmp_path, monkey
         ("model.pt", lambda: evaluate(["--run", str(run), "--data", str(processed / "test")])),
     ):
         torch.save({"config": Evil()}, run / name)
-        with pytest.raises(CheckpointError, match=name):
+        with pytest.raises(DataError, match=name):
             start()
     assert not Path("evil-was-here").exists()

@@ -11,8 +11,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
-    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py",
-    "benchmarks/growth.py",
+    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py", "benchmarks/growth.py",
 ]  # fmt: skip
 MAY_IMPORT = {
     "preprocessing": {"preprocessing"},
