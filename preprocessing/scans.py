@@ -102,7 +102,7 @@ def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
 def _search_folder(folder: Path, layout: str | None, modality: str, besides: Path | None) -> Search:
     paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
-    if modality != "t1" and modality not in rules.modalities:
+    if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
     found, left_out = arrange(rules, paths, modality)
     scans = [
