@@ -53,9 +53,9 @@ def test_the_table_gives_label_age_and_sex(tmp_path, clinical):
 
 @pytest.mark.parametrize("blank", ["normal", "abnormal"])
 def test_blank_is_a_label_only_where_asked_for_and_absent_never(blank, tmp_path, clinical):
-    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (3, 4)]
+    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (1, 2, 3, 4)]
     labelled, left_out = label_scans(scans, clinical, None, blank)
-    assert [(scan.subject, scan.label) for scan in labelled] == [("OAS1_0003", blank)]
+    assert [scan.label for scan in labelled] == ["normal", "abnormal", blank]
     assert len(left_out) == 1
 
 
@@ -72,6 +72,7 @@ def test_the_tree_goes_before_the_table_and_must_not_contradict_it(tmp_path, cli
     scan = make_scan(tmp_path, "OAS1_0003", "MR1", "train", "abnormal")
     ((labelled,), _) = label_scans([scan], clinical, None, None)
     assert (labelled.label, labelled.age) == ("abnormal", 21)
+    assert label_scans([scan], None, "normal", None)[0][0].label == "abnormal"
     with pytest.raises(DataError, match=r"is among the normal and is abnormal in .*a\.csv; move it"):
         label_scans([make_scan(tmp_path, "OAS1_0002", "MR1", "train", "normal")], clinical, None, None)
 
@@ -109,6 +110,13 @@ def test_new_subjects_fill_up_what_falls_short(tmp_path):
     split = {scan.subject: scan.split for scan in split_subjects(scans, (0.5, 0.4, 0.1), 0, kept)}
     assert {subject: split[subject] for subject in kept} == kept
     assert sorted(split.values()) == ["test"] + 5 * ["train"] + 4 * ["val"]
+
+
+def test_another_spelling_keeps_the_split(tmp_path):
+    scans = [make_scan(tmp_path, name, label="normal") for name in ("sub-01", "sub-02", "sub-03")]
+    kept = {"1": "val", "SUB-2": "test", "sub-003": "val"}
+    split = {scan.subject: scan.split for scan in split_subjects(scans, (1, 0, 0), 0, kept)}
+    assert split == {"sub-01": "val", "sub-02": "test", "sub-03": "val"}
 
 
 def test_a_subject_with_an_abnormal_scan_cannot_have_been_trained_on(tmp_path):
@@ -158,6 +166,9 @@ def test_a_subject_in_two_splits_is_a_leak(tmp_path):
     refuse_leaks([("a", "train", "x"), ("a", "train", "y"), ("b", "test", "z")])
     with pytest.raises(DataError, match=r"^y: subject a is in test and in train \(x\); all scans of a subject belong"):
         refuse_leaks([("a", "train", "x"), ("b", "test", "z"), ("a", "test", "y")])
+    with pytest.raises(DataError, match=r"^y: subject P01 is in test and in train"):
+        refuse_leaks([("p1", "train", "x"), ("P01", "test", "y")])
+    refuse_leaks([("p1", "train", "x"), ("p10", "test", "y"), ("p1_1", "val", "z")])
 
 
 def test_a_mixture_is_refused_with_the_list_of_the_fewer():
@@ -174,7 +185,7 @@ def test_a_mixture_is_refused_with_the_list_of_the_fewer():
 @pytest.fixture
 def tree(tmp_path):
     """Two training scans and a test scan in a split/label tree; nothing is read of them, so they are empty."""
-    for place in ("train/normal/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
+    for place in ("train/normal/z/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
         (tmp_path / "raw" / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "raw" / place).touch()
     return tmp_path
@@ -203,6 +214,18 @@ def test_a_plan_leaks_no_subject_in_the_folder_nor_from_the_store(tree):
     (tree / "raw/test/abnormal/a_T1w.nii").touch()
     with pytest.raises(DataError, match="subject a is in test and in train"):
         plan_tree(tree)
+
+
+def test_a_store_that_took_visits_for_people_keeps_their_split_or_is_refused(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name in ("p7_visit1", "p7_visit2", "p8_visit1", "p9_visit1"):
+        (tmp_path / f"raw/{name}.nii").touch()
+    stored = [replace(make_stored(tmp_path, "p7_visit1", "val/normal"), subject="p7_visit1")]
+    found = plan_tree(tmp_path, stored, label="normal")
+    assert {scan.split for scan in found.scans if scan.subject == "p7"} == {"val"}
+    stored += [replace(make_stored(tmp_path, "p7_visit2", "train/normal"), subject="p7_visit2")]
+    with pytest.raises(DataError, match=r"subject p7 is in train and in val"):
+        plan_tree(tmp_path, stored, label="normal")
 
 
 def test_a_scan_under_the_other_label_has_been_relabelled(tree):
@@ -247,6 +270,14 @@ def test_without_a_tree_something_must_say_who_is_normal(folder):
         plan_tree(folder, clinical=folder / "a.csv")
 
 
+def test_axes_that_are_given_go_before_those_of_the_layout(tmp_path):
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1").mkdir(parents=True)
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1/norm.nii.gz").touch()
+    for axes, wanted in ((None, ("LIA", "RAS")), ("PSR", ("PSR", None))):
+        (scan,) = plan_tree(tmp_path, label="normal", axes=axes).scans
+        assert (scan.axes, scan.distrusted) == wanted
+
+
 def test_splits_are_kept_from_an_earlier_plan_and_before_it_from_the_store(folder):
     earlier = {"OAS1_0001": "val", "OAS1_0002": "val"}
     stored = [make_stored(folder, "OAS1_0002", "test/normal")]
@@ -258,6 +289,11 @@ def test_no_scans_is_one_line(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match="no scans"):
         plan_tree(tmp_path)
+    for name in ("x.nii", "x.nii.gz"):
+        (tmp_path / "raw" / name).touch()
+    with pytest.raises(DataError, match=r"raw/x\.nii: .*raw/x\.nii\.gz would also be called x") as error:
+        plan_tree(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_defaults_are_those_of_the_readme():

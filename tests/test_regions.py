@@ -1,8 +1,10 @@
-"""Connected regions of an anomaly map."""
+"""Connected regions of an anomaly map, and the side of the brain that they are on."""
 
+import nibabel as nib
 import numpy as np
 import pytest
-from evaluation.regions import find_regions
+
+from evaluation.regions import list_regions
 
 AFFINE = np.array([[0, -2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])  # voxels of 0.012 ml
 
@@ -17,7 +19,12 @@ def make_map(*boxes):
 
 
 def find(anomaly, threshold=5.0, smallest_ml=0.0):
-    return find_regions(anomaly, AFFINE, threshold, smallest_ml)
+    return list_regions(anomaly, AFFINE, threshold, smallest_ml)
+
+
+def reorient(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
+    ornt = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(axes)))
+    return image.as_reoriented(ornt)
 
 
 def test_a_region_by_hand():
@@ -59,3 +66,40 @@ def test_voxels_that_touch_at_an_edge_are_two_regions():
 def test_outside_the_brain_is_no_region():
     (region,) = find(make_map(), threshold=0)
     assert region["volume_ml"] == pytest.approx(16**3 * 0.012)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LIP"])
+def test_regions_know_their_side(axes):
+    # voxels of 4 mm; the brain's middle is at x = 38 mm, the edge of what counts as the middle at 33 and 43 mm
+    values = np.ones((20, 20, 20), dtype=np.float32)
+    values[16:19, 2:5, 2:5], values[2:5, 8:11, 8:11], values[9:11, 3:5, 9:11] = 9, 9, 9
+    image = reorient(nib.Nifti1Image(values, np.diag([4.0, 4.0, 4.0, 1.0])), axes)
+    regions = list_regions(image.get_fdata(), image.affine, 5.0, 0.0)
+    assert sorted((region["side"], round(region["x_mm"])) for region in regions) == [
+        ("left", 12),
+        ("middle", 38),
+        ("right", 68),
+    ]
+
+
+def test_a_region_within_five_mm_of_the_middle_is_on_neither_side():
+    values = np.full((41, 3, 9), np.nan, dtype=np.float32)
+    values[5:36] = 1  # the middle of what was scored is at x = 20 mm, not that of the grid's other end
+    values[36:41] = np.nan
+    for y, x in ((0, 16), (2, 15), (4, 24), (6, 25)):
+        values[x, 1, y] = 9
+    regions = list_regions(values, np.eye(4), 5.0, 0.0)
+    assert {region["x_mm"]: region["side"] for region in regions} == {
+        16: "middle",
+        15: "left",
+        24: "middle",
+        25: "right",
+    }
+
+
+def test_the_middle_is_that_of_the_scored_brain():
+    values = np.full((60, 3, 3), np.nan, dtype=np.float32)
+    values[:21] = 1
+    values[20, 1, 1] = 9
+    (region,) = list_regions(values, np.eye(4), 5.0, 0.0)
+    assert (region["x_mm"], region["side"]) == (20, "right")
