@@ -18,7 +18,7 @@ from preprocessing.store import StoredScan
 class CohortRules:
     """How a folder becomes a cohort.
 
-    layout     how the folder stands on disk; None: what fits its paths best
+    layout     how the folder is laid out; None: the layout that fits its paths best
     modality   the contrast to take
     clinical   the clinical table that says who is normal
     label      label of all scans, where there is no table

@@ -122,7 +122,7 @@ def _find_affine(path: Path, image, shape: tuple, axes: str | None, distrusted: 
 
 
 def _read_zooms(image) -> np.ndarray:
-    """Voxel sizes in mm as the header says them: nibabel has made 1 of 0 by now."""
+    """Voxel sizes in mm as the header gives them, before nibabel replaces 0 by 1."""
     if isinstance(image, nib.AnalyzeImage):  # NIfTI images are, too
         holder = image.file_map["header" if "header" in image.file_map else "image"]
         with holder.get_prepare_fileobj("rb") as file:
@@ -172,7 +172,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
             filled += len(part)
             size += len(piece)
             if volumes > 1 and size >= first + wanted:
-                break  # a single volume is read to its end, where the checksum stands
+                break  # a single volume is read to its end, where the checksum is
     if packed and filled < wanted:
         raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
     if size - promised > max(promised // 100, 1 << 16):

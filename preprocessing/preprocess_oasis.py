@@ -68,7 +68,7 @@ def preprocess(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) -> None:
-    """Say what was found and what will be done with it, file by file in a dry run."""
+    """Log what was found and what will be done with it, file by file in a dry run."""
     about = LAYOUTS[found.layout].about if found.layout in LAYOUTS else found.layout
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = {scan.subject for scan in found.scans}
@@ -219,7 +219,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="folder the slices go to")
-    parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder stands on disk; left out: what fits best")
+    parser.add_argument(
+        "--layout", choices=[*LAYOUTS], help="how the folder is laid out; left out: the layout that fits best"
+    )
     parser.add_argument("--modality", choices=["t1", "t2", "flair", "t1ce"], default="t1", help="contrast to take")
     parser.add_argument("--clinical", type=Path, help="clinical table (.csv, .tsv, .xlsx) that says who is normal")
     parser.add_argument(

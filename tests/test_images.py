@@ -146,6 +146,13 @@ def test_a_little_may_follow_the_voxels_but_not_much(ending, tmp_path):
                 read_image(tmp_path / f"b.{ending}")
 
 
+def test_an_empty_file_is_called_so(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"{name}: is empty \(0 bytes\); copy it again"):
+            read_image(tmp_path / name)
+
+
 def test_a_single_file_of_two_voxels_a_side_is_the_smallest(tmp_path):
     for shape, fits in (((2, 2, 2), True), ((2, 2, 1), False), ((2, 2), False)):
         nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), tmp_path / "a.nii")
