@@ -57,11 +57,19 @@ def run(processed) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluation(run, processed) -> tuple[Path, list[str]]:
+def untrained(processed) -> Path:
+    """A run folder with an untrained model, calibrated on the validation scans."""
+    from tests.predictions import write_untrained_run
+
+    return write_untrained_run(processed.with_name("untrained"), processed)
+
+
+@pytest.fixture(scope="session")
+def evaluation(untrained, processed) -> tuple[Path, list[str]]:
     """(the folder of an evaluation of that model on the test scans, the command that made it)."""
     from evaluation.evaluate import main as evaluate
 
-    out = processed.with_name("evaluation")
+    run, out = untrained, processed.with_name("evaluation")
     kinds = processed.with_name("lesions.csv")
     names = [path.name for path in sorted((processed / "test/abnormal").iterdir())]
     kinds.write_text("\n".join(["scan,kind", *(f"{name},kind {i}" for i, name in enumerate(names))]))
