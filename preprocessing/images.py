@@ -82,8 +82,6 @@ def _check_file(path: Path) -> None:
 def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, int], int, int]:
     """(shape of one volume, how many volumes, voxels before the one picked)."""
     shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if len(shape) < 3 or min(shape[:3]) < 2 or min(shape) < 1:
         raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
     count = int(np.prod(shape[:3], dtype=object))

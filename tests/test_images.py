@@ -201,6 +201,38 @@ BAD_HEADERS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("huge", "too many for a brain"),
+        ("large", "is truncated"),
+        ("smaller", "where its header says"),
+        ("flat", "is not a volume"),
+        ("voxels of nothing", "voxels of 0, 0, 0 mm"),
+        ("voxels of a metre", "voxels of 1000, 1000, 1000 mm"),
+        ("voxels of nan", "is singular"),
+        ("singular", "is singular"),
+        ("endless", "is singular"),
+        ("offset beyond", "is truncated"),
+    ],
+)
+def test_a_bad_header_is_called_what_it_is(kind, words, tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", **BAD_HEADERS[kind])
+    with pytest.raises(DataError, match=words):
+        read_image(tmp_path / "a.nii")
+
+
+def test_gzip_goes_by_its_name(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(content)
+    (tmp_path / "c.nii").write_bytes(gzip.compress(content))
+    for name, words in (("b.nii.gz", "is not gzip, against its name"), ("c.nii", "is gzip, against its name")):
+        with pytest.raises(DataError, match=words):
+            read_image(tmp_path / name)
+
+
 def make_bad_folder(folder):
     """One of each kind of bad scan, by name."""
     folder.mkdir(parents=True)
