@@ -223,6 +223,19 @@ def test_a_bad_header_is_called_what_it_is(kind, words, tmp_path):
         read_image(tmp_path / "a.nii")
 
 
+def test_voxel_sizes_are_the_affines_where_the_header_has_one(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", pixdim=(1, 0, 0, 0, 0, 0, 0, 0), sform_code=1, qform_code=0)
+    np.testing.assert_array_equal(nib.affines.voxel_sizes(read_image(tmp_path / "a.nii").affine), [4, 4, 4])
+
+
+def test_voxels_missing_inside_a_whole_gzip_are_missed(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()[:-1]))
+    with pytest.raises(DataError, match=r"is truncated: 337919 of 337920 bytes; copy it again"):
+        read_image(tmp_path / "b.nii.gz")
+
+
 def test_gzip_goes_by_its_name(tmp_path):
     nib.save(make_head(), tmp_path / "a.nii")
     content = (tmp_path / "a.nii").read_bytes()
