@@ -19,7 +19,7 @@ from preprocessing.subjects import key_subject
 class CohortRules:
     """How a folder becomes a cohort.
 
-    layout     how the folder stands on disk; None: what fits its paths best
+    layout     how the folder is laid out; None: the layout that fits its paths best
     modality   the contrast to take
     pattern    a regular expression over paths whose group is the subject; None: names are read
     clinical   the clinical table that says who is normal

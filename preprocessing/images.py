@@ -82,8 +82,6 @@ def _check_file(path: Path) -> None:
 def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, int], int, int]:
     """(shape of one volume, how many volumes, voxels before the one picked)."""
     shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if len(shape) < 3 or min(shape[:3]) < 2 or min(shape) < 1:
         raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
     count = int(np.prod(shape[:3], dtype=object))
@@ -122,7 +120,7 @@ def _find_affine(path: Path, image, shape: tuple, axes: str | None, distrusted: 
 
 
 def _read_zooms(image) -> np.ndarray:
-    """Voxel sizes in mm as the header says them: nibabel has made 1 of 0 by now."""
+    """Voxel sizes in mm as the header gives them, before nibabel replaces 0 by 1."""
     if isinstance(image, nib.AnalyzeImage):  # NIfTI images are, too
         holder = image.file_map["header" if "header" in image.file_map else "image"]
         with holder.get_prepare_fileobj("rb") as file:
@@ -172,7 +170,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
             filled += len(part)
             size += len(piece)
             if volumes > 1 and size >= first + wanted:
-                break  # a single volume is read to its end, where the checksum stands
+                break  # a single volume is read to its end, where the checksum is
     if packed and filled < wanted:
         raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
     if size - promised > max(promised // 100, 1 << 16):

@@ -70,7 +70,7 @@ def preprocess(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) -> None:
-    """Say what was found and what will be done with it, file by file in a dry run."""
+    """Log what was found and what will be done with it, file by file in a dry run."""
     about = LAYOUTS[found.layout].about if found.layout in LAYOUTS else found.layout
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = {scan.subject for scan in found.scans}
@@ -224,7 +224,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="folder the slices go to")
-    parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder stands on disk; left out: what fits best")
+    parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder is laid out; left out: what fits best")
     parser.add_argument("--modality", choices=MODALITIES, default="t1", help="contrast to take")
     parser.add_argument(
         "--subject-pattern",

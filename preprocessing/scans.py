@@ -180,7 +180,7 @@ def _read_channels(folder: Path) -> dict[int, str]:
 
 
 def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
-    """The scan with what the tree says about it."""
+    """The scan with the split, label and masks that the tree gives it."""
     ids = (scan.name, CONTRAST.sub("", scan.name))
     brain, lesion = (
         next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")

@@ -146,6 +146,13 @@ def test_a_little_may_follow_the_voxels_but_not_much(ending, tmp_path):
                 read_image(tmp_path / f"b.{ending}")
 
 
+def test_an_empty_file_is_called_so(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"{name}: is empty \(0 bytes\); copy it again"):
+            read_image(tmp_path / name)
+
+
 def test_a_single_file_of_two_voxels_a_side_is_the_smallest(tmp_path):
     for shape, fits in (((2, 2, 2), True), ((2, 2, 1), False), ((2, 2), False)):
         nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), tmp_path / "a.nii")
@@ -192,6 +199,51 @@ BAD_HEADERS = {
     "offset beyond": {"vox_offset": 1e9},
     "offset before": {"vox_offset": -5000},
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("huge", "too many for a brain"),
+        ("large", "is truncated"),
+        ("smaller", "where its header says"),
+        ("flat", "is not a volume"),
+        ("voxels of nothing", "voxels of 0, 0, 0 mm"),
+        ("voxels of a metre", "voxels of 1000, 1000, 1000 mm"),
+        ("voxels of nan", "is singular"),
+        ("singular", "is singular"),
+        ("endless", "is singular"),
+        ("offset beyond", "is truncated"),
+    ],
+)
+def test_a_bad_header_is_called_what_it_is(kind, words, tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", **BAD_HEADERS[kind])
+    with pytest.raises(DataError, match=words):
+        read_image(tmp_path / "a.nii")
+
+
+def test_voxel_sizes_are_the_affines_where_the_header_has_one(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", pixdim=(1, 0, 0, 0, 0, 0, 0, 0), sform_code=1, qform_code=0)
+    np.testing.assert_array_equal(nib.affines.voxel_sizes(read_image(tmp_path / "a.nii").affine), [4, 4, 4])
+
+
+def test_voxels_missing_inside_a_whole_gzip_are_missed(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()[:-1]))
+    with pytest.raises(DataError, match=r"is truncated: 337919 of 337920 bytes; copy it again"):
+        read_image(tmp_path / "b.nii.gz")
+
+
+def test_gzip_goes_by_its_name(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(content)
+    (tmp_path / "c.nii").write_bytes(gzip.compress(content))
+    for name, words in (("b.nii.gz", "is not gzip, against its name"), ("c.nii", "is gzip, against its name")):
+        with pytest.raises(DataError, match=words):
+            read_image(tmp_path / name)
 
 
 def make_bad_folder(folder):

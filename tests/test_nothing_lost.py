@@ -122,13 +122,9 @@ def test_killed_at_sixty_random_points(start, raw, tmp_path):
     run_with_kills(start, raw, tmp_path, kills=20, workers=2, panels=1)
 
 
-def test_the_second_in_a_folder_is_refused(raw, processed, run, evaluation):
+def test_the_second_in_a_folder_is_refused(processed, run, evaluation):
     with hold_folder(run, "--run"), pytest.raises(DataError, match="another process works in it"):
         training.main(["--data", str(processed), "--run", str(run), *TINY])
-    command = ["--raw", str(raw), "--processed", str(processed), "--size", str(SIZE), "--workers", "1"]
-    with hold_folder(processed, "--processed"), pytest.raises(DataError, match="another process works in it"):
-        preprocess(command)
-    assert preprocess([*command, "--dry-run"]) == 0
     out, command = evaluation
     with hold_folder(out, "--out"), pytest.raises(DataError, match="another process works in it"):
         evaluate(command)
