@@ -29,7 +29,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 
 from common.cli import DataError, HelpFormatter, run_script
-from preprocessing.scans import TREE, Scan, search
+from preprocessing.scans import TREE, Scan, explain_no_scans, search
 from preprocessing.worker import CutSettings, preprocess_scan
 
 SETTINGS = CutSettings(keep=0.7, size=128)
@@ -75,6 +75,8 @@ def measure_memory(scan: Scan, folder: Path) -> float:
 def measure(raw: Path, store: Path, number: int, repeats: int) -> dict[str, float]:
     """Scans a second of each way, the best of the repeats, and the memory of a worker."""
     scans = search(raw, TREE).scans[:number]
+    if not scans:
+        raise DataError(explain_no_scans(raw))
     sizes = {scan.path: np.prod(nib.load(scan.path).shape) for scan in scans}
     executor = get_reusable_executor(max_workers=1)
     worker_mb = executor.submit(measure_memory, max(scans, key=lambda scan: sizes[scan.path]), store).result()

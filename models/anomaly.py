@@ -114,14 +114,14 @@ def smooth_map(anomaly: torch.Tensor, sampling_mm: tuple[float, float]) -> torch
     """A map (n, H, W), NaN outside the brain, smoothed within the brain and in units of its median."""
     brain = anomaly.isfinite()
     total, share = smooth(torch.stack([anomaly.nan_to_num(0), brain.float()]), SMOOTHING_MM, sampling_mm)
-    mean = total / share.clamp(min=1e-6)
+    mean = total / share
     return torch.where(brain, mean / max(find_median(mean[brain]), 1e-6), torch.nan)
 
 
 def score_mse(stack: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     """(n,) plain reconstruction error: the mean squared residual over each slice's brain."""
     brain = stack > 0
-    squared = torch.where(brain, stack.float() - reconstruction, 0) ** 2
+    squared = torch.where(brain, stack - reconstruction, 0) ** 2
     return squared.sum((1, 2)) / brain.sum((1, 2)).clamp(min=1)
 
 
@@ -136,11 +136,11 @@ def score_scan(anomaly: torch.Tensor) -> float:
 
 
 def _average_worst(values: torch.Tensor, share: float) -> torch.Tensor:
-    """(k,) mean of the highest share, and at least of one, of the finite values in each row of (k, m); of none, 0."""
+    """(k,) mean of the highest share, and at least of one, of what is not NaN in each row of (k, m) values >= 0."""
     counts = (share * values.isfinite().sum(1).double()).round().clamp(min=1).long()
-    highest = values.nan_to_num(nan=-torch.inf).topk(int(counts.max())).values
+    highest = values.nan_to_num(0).topk(int(counts.max())).values
     chosen = torch.arange(highest.shape[1], device=values.device) < counts[:, None]
-    return torch.where(chosen & highest.isfinite(), highest, 0).sum(1) / counts
+    return torch.where(chosen, highest, 0).sum(1) / counts
 
 
 def find_median(values: torch.Tensor) -> float:

@@ -1,5 +1,7 @@
 """What healthy scans show: expected residuals by place and texture, thresholds, p-values."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -275,6 +277,11 @@ def test_model_pt_keeps_it_under_its_old_names():
         np.testing.assert_array_equal(np.float32(getattr(again, name)), np.float32(values))
     assert torch.equal(state["by_look"], calibration.texture_factor)
     assert torch.equal(state["looks"], calibration.texture_edges)
+
+
+def test_nobody_changes_it():
+    with pytest.raises(FrozenInstanceError):
+        make_calibration([1.0]).voxel_threshold = 1.0
 
 
 def test_it_moves_to_another_device():

@@ -10,8 +10,10 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
-    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py",
+    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py", "benchmarks/growth.py",
 ]  # fmt: skip
+
+
 def run_script(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
@@ -32,7 +34,11 @@ def test_help_by_path_and_as_module(script, tmp_path):
         (["preprocessing/preprocess_oasis.py", "--keep", "7"], 2, "--keep"),
         (["training/train.py", "--data", "nowhere"], 1, "preprocess_oasis.py first"),
         (["training/train.py", "--steps", "0"], 2, "--steps"),
-        (["evaluation/evaluate.py", "--run", "nowhere", "--data", "nowhere"], 1, "nowhere/model.pt: no such checkpoint"),
+        (
+            ["evaluation/evaluate.py", "--run", "nowhere", "--data", "nowhere"],
+            1,
+            "nowhere/model.pt: no such checkpoint",
+        ),
         (["evaluation/compare.py", "nowhere"], 1, "metrics.json"),
     ],
 )
@@ -48,7 +54,7 @@ def test_user_errors_end_in_one_line(arguments, code, words, tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_ends_with_a_line_of_figures(tmp_path):
     small = ["--rounds", "1", "--steps", "1", "--size", "32", "--scans", "2", "--slices", "8", "--batch-size", "4"]
-    for arguments, figure in ((small, "train_dae_fp32"), (["--growth", "50"], "listing")):
-        result = run_script(PROJECT / "benchmarks/speed.py", *arguments, cwd=tmp_path)
+    for script, arguments, figure in (("speed", small, "train_dae_fp32"), ("growth", ["--scans", "50"], "listing")):
+        result = run_script(PROJECT / f"benchmarks/{script}.py", *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout.splitlines()[-1])[figure]

@@ -1,23 +1,20 @@
 """The script: normal slices only, subjects apart, and an interrupted run ends with the bytes of an undisturbed one."""
 
 import csv
-import io
 import json
 import math
 import shutil
 import signal
-from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.train as training
 import training.trainer as trainer
 from common.cli import DataError
 from models.checkpoint import load_model
 from preprocessing.store import list_scans
+from preprocessing.subjects import key_subject
 from tests.conftest import TINY
 from tests.test_scripts import PROJECT, run_script
 from training.train import find_training_scans
@@ -66,13 +63,7 @@ def test_from_disk_equals_in_memory(processed, run, tmp_path):
     assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
 
 
-def test_slices_go_to_memory_only_where_they_fit(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 * 128**2 * 2))
-    assert training.fits_in_memory(4, 128, torch.device("cpu"))[0]
-    assert not training.fits_in_memory(5, 128, torch.device("cpu"))[0]
-
-
-def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--precision", "auto"]
     for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this run began")):
         monkeypatch.setattr(training, "choose_precision", lambda device, measured=measured: (measured, "it is"))
@@ -116,16 +107,6 @@ def test_a_run_is_trained_again_by_its_own_config_in_silence(processed, run, tmp
     assert (again / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
 
 
-def test_tensorboard_shows_reconstructions_and_losses(run):
-    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert {"train_loss", "val_loss", "slices_per_s"} <= set(board.Tags()["scalars"])
-    pictures = board.Images("reconstructions")
-    assert len(pictures) == len(board.Scalars("val_loss"))
-    values = plt.imread(io.BytesIO(pictures[-1].encoded_image_string))
-    assert values.shape[0] == 4 * 32
-    assert values.std() > 0.05, "blank"
-
-
 def test_abnormal_training_scans_are_refused(processed, tmp_path):
     shutil.copytree(processed, tmp_path / "data")
     scan = next((tmp_path / "data/test/abnormal").iterdir())
@@ -138,14 +119,17 @@ def test_abnormal_training_scans_are_refused(processed, tmp_path):
 def test_split_by_subject(processed, tmp_path):
     shutil.copytree(processed / "train", tmp_path / "data/train")
     scans = list(list_scans(tmp_path / "data/train"))
-    twin = tmp_path / "data/train/normal/twin_T1w"  # a second session of the first subject
+    twin = tmp_path / "data/train/normal/twin_T1w"  # a second session of the first subject, spelled otherwise
     shutil.copytree(scans[0].folder, twin)
+    record = scans[0].record | {"subject": scans[0].subject.upper().replace("-", "_0")}
+    (twin / "scan.json").write_text(json.dumps(record))
     for seed in range(6):
         train, validation = find_training_scans(tmp_path / "data", 0.4, seed)
         assert train
         assert validation
         assert len(train) + len(validation) == 4
-        assert not {s.subject for s in train} & {s.subject for s in validation}
+        assert not {key_subject(s.subject) for s in train} & {key_subject(s.subject) for s in validation}
+        assert ({twin} <= {s.folder for s in train}) == ({scans[0].folder} <= {s.folder for s in train})
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2), (0.95, 2)])
