@@ -120,8 +120,6 @@ def _name_columns(headers: list[str]) -> tuple[dict[str, tuple[int, str]], str]:
             used.add(name)
     if "scan" in columns and "subject" in columns:  # the subject is the person, unless another column says so
         columns.setdefault("person", columns["subject"])
-    elif "person" in columns and len(columns) == 1:
-        columns.clear()
     doubled = next((header for _, header in columns.values() if spelled.count(_spell_header(header)) > 1), "")
     return columns, doubled
 

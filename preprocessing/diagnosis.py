@@ -82,7 +82,6 @@ def spell(cell: str) -> str:
     if number is not None:
         return f"{number + 0:g}"
     letters = unicodedata.normalize("NFKD", cell).casefold()
-    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
     kept = re.sub(r"[^\w+#.?-]|_", "", letters)
     return re.sub(r"(?<=\w)[-.]+(?=\w)|(?<=\w)\.$", "", kept) or letters.strip()
 

@@ -40,6 +40,8 @@ OASIS3 = """OASISID,OASIS_session_label,days_to_visit,age at visit,CDRTOT
 OAS30001,OAS30001_UDSb4_d0000,0,65.1,0
 OAS30001,OAS30001_UDSb4_d0800,0800,67.3,0.5
 OAS30002,OAS30002_UDSb4_d0000,0,70.0,0
+OAS30003,OAS30003_UDSb4_d0100,100,71,
+OAS30003,OAS30003_UDSb4_d0200,200,72,1
 """
 BIDS = "participant_id\tage\tsex\tdiagnosis\nsub-01\t33\tF\tcontrol\nsub-02\t44\tM\tschizophrenia\n03\tn/a\tn/a\tn/a\n"
 ADNI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description","Type","Acq Date","Format"
@@ -62,8 +64,8 @@ IXI = """IXI_ID,"SEX_ID (1=m, 2=f)",HEIGHT,WEIGHT,ETHNIC_ID,AGE,DATE_AVAILABLE,S
 HEALTHY = (
     "control,Controls,CTRL,ctl,Healthy,Healthy Controls,healthy_control,HEALTHY-CONTROL,Healthy control (HC),HC,CN,NC,"
     "NL,con,CU,TD,TDC,typically developing,Typically-Developing,neurotypical,normal,Normal Cognition,"
-    "cognitively normal,Cognitively_Unimpaired,unimpaired,unaffected,volunteer,Healthy Volunteers,none,None,no dementia,"
-    "non-demented,Nondemented,not demented,No Cognitive Impairment,no tumor,Témoin"
+    "cognitively normal,Cognitively_Unimpaired,unimpaired,unaffected,volunteer,Healthy Volunteers,none,None,"
+    "no dementia,non-demented,Nondemented,not demented,No Cognitive Impairment,no tumor,Témoin"
 )
 ILL = (
     "AD,ad,Alzheimer's Disease,Alzheimer’s disease,MCI,EMCI,mild cognitive impairment,Dementia,demented,Converted,"
@@ -71,7 +73,7 @@ ILL = (
     "bipolar,ADHD,Autism,stroke,glioblastoma,epilepsy,cognitively impaired"
 )
 UNKNOWN = (
-    "A,xyz,1,2,TRUE,yes,HIV-,HIV+,SMC,not healthy,non-control,control?,unaffected sibling,dementia (ruled out),0.5"
+    "A,xyz,1,2,0.5,TRUE,yes,HIV-,TBI-,CN+,SMC,not healthy,non-control,control?,unaffected sibling,dementia (ruled out)"
 )
 
 
@@ -116,6 +118,7 @@ def warnings(caplog, monkeypatch):
                 ("OAS30001", "ses-d0757", "abnormal", 67.3, None),
                 ("OAS30002", "d0365", "normal", 70, None),
                 ("OAS30002", "d0366", None, None, None),  # more than a year from any rating
+                ("OAS30003", "d0101", "abnormal", 72, None),  # a blank rating says nothing, however near
             ],
         ),
         (
@@ -226,9 +229,9 @@ def test_other_values_are_asked(word, tmp_path):
 
 
 def test_values_that_are_not_known_are_listed_with_their_counts(tmp_path):
-    text = "ID,Group\na,HC\nb,x y\nc,2\nd,2\ne,2\nf,\ng,AD\n"
+    text = "ID,Group\na,HC\nb,x y\nc,2\nd,x y\ne,x y\nf,\ng,AD\n"
     with pytest.raises(
-        DataError, match=r"table\.csv: its column Group .*: 2 \(3 lines\), x y \(1 line\); map"
+        DataError, match=r"table\.csv: its column Group .*: x y \(3 lines\), 2 \(1 line\); map"
     ) as error:
         read_clinical(write(tmp_path, text))
     assert "\n" not in str(error.value)
@@ -358,7 +361,9 @@ def test_oasis2_without_its_header_and_with_its_columns_in_another_order(tmp_pat
     ("content", "words"),
     [
         ("", "has none of the columns ID.*its first line is empty"),
+        ("subject,colour\na,b\n", "has none of the columns ID"),
         ("name,colour\na,b\n", "has none of the columns ID.*its first line is name, colour; put a line above"),
+        ("OAS1_0001_MR1,R,F,74,2,3,29,0,1344,0.743,1.306,N/A\n", "its first line is OAS1_0001_MR1, R, F, 74"),
         ("OAS1_0001_MR1,F,R,0,74\n", "its first line is OAS1_0001_MR1, F, R, 0, 74; put a line above"),
         ("ID,Age\nOAS1_0001_MR1,7\n", "none of the columns CDR"),
         ("ID,CDR\n", "no lines below"),
@@ -413,6 +418,7 @@ def test_excel_with_titles_merged_headers_numbers_and_dates(tmp_path):
         ("abnormal", 61, "M"),
         (None, None, None),
     ]
+    assert [row.name for row in clinical.rows["8"]] == ["8"]
     csv = write(tmp_path, (tmp_path / "table.xlsx").read_bytes(), "table.csv")  # the content counts, not the ending
     assert read_clinical(csv).rows == clinical.rows
 
@@ -476,9 +482,12 @@ def test_two_labels_of_one_subject_are_named(tmp_path):
         read_clinical(write(tmp_path, text))
     clinical = read_clinical(write(tmp_path, text.replace("MCI", "control")))
     assert [clinical.find(make_scan(subject)).label for subject in "bc"] == ["abnormal", "normal"]
+    dates = read_clinical(write(tmp_path, "ID,date,Group\na,19.5.2006,HC\na,5/25/07,HC\n"))
+    assert dates.find(make_scan("a", "d0100")).label == "normal"  # days of a study and dates are not compared
+    assert dates.find(make_scan("a", "20070601")).day - dates.find(make_scan("a", "20060601")).day == 371
     visits = "ID,visit,Group\nsub-01,1,HC\nsub-01,2,AD\n"
     clinical = read_clinical(write(tmp_path, visits))
-    assert [clinical.find(make_scan("sub-01", f"ses-0{n}")).label for n in (1, 2)] == ["normal", "abnormal"]
+    assert [clinical.find(make_scan("sub-01", f"MR{n}")).label for n in (1, 2)] == ["normal", "abnormal"]
     assert clinical.find(make_scan("sub-01", "ses-03")) is None
     assert "has sub-01 but not its ses-03" in clinical.explain(make_scan("sub-01", "ses-03"))
     assert clinical.find(make_scan("sub-01")) is None
@@ -493,8 +502,10 @@ def test_two_ages_of_one_subject_are_not_used(tmp_path, warnings):
 
 
 def test_names_that_nobody_knows_are_explained_by_an_example(tmp_path):
-    clinical = read_clinical(write(tmp_path, "ID,Group\nXY-17,HC\n"))
-    assert clinical.explain(make_scan("patient3")) == "not in table.csv, which has names such as XY-17"
+    clinical = read_clinical(write(tmp_path, "ID,Group\nXY-17,HC\n3,HC\n"))
+    assert clinical.find(make_scan("p3")).label == "normal"
+    assert clinical.find(make_scan("p3_site2")) is None
+    assert clinical.explain(make_scan("patient4")) == "not in table.csv, which has names such as XY-17"
 
 
 @pytest.mark.parametrize(
@@ -551,6 +562,10 @@ def test_a_column_says_whose_scan_a_file_is(tmp_path):
     clinical = read_clinical(write(tmp_path, text))
     scans = [make_scan("a17", name="a17_T1w"), make_scan("b3"), make_scan("c5"), make_scan("c5", "s2"), make_scan("d")]
     assert [scan.subject for scan in clinical.name_persons(scans)] == ["P1", "P1", "P2", "P2", "d"]
+    clinical = read_clinical(write(tmp_path, "file,subject,diagnosis\np7_v1,P1,HC\np8_v1,P2,HC\np8_v2,P3,HC\n"))
+    scans = [make_scan(subject, f"v{visit}") for subject in ("p7", "p8") for visit in (1, 2, 3)]
+    # p7_v2 goes with p7_v1; p8_v3 may be P2 or P3.
+    assert [scan.subject for scan in clinical.name_persons(scans)] == ["P1", "P1", "P1", "P2", "P3", "p8"]
     bids = read_clinical(write(tmp_path, "participant_id\tsubject\tgroup\nsub-01\tP1\tHC\nsub-02\tP1\tHC\n"))
     scans = [make_scan("sub-01", "ses-1"), make_scan("sub-02", "ses-1")]
     assert {scan.subject for scan in bids.name_persons(scans)} == {"P1"}
