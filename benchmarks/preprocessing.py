@@ -28,9 +28,11 @@ import numpy as np
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 
-from preprocessing.scans import DataError, Scan, find_scans
-from preprocessing.worker import preprocess_scan
+from common.cli import DataError, HelpFormatter, run_script
+from preprocessing.scans import TREE, Scan, explain_no_scans, search
+from preprocessing.worker import CutSettings, preprocess_scan
 
+SETTINGS = CutSettings(keep=0.7, size=128)
 DEMO = Path(__file__).resolve().parents[1] / "preprocessing" / "demo_cohort.py"
 
 
@@ -52,7 +54,7 @@ def time_preprocessing(scans: list[Scan], folder: Path, parallel: Parallel) -> f
     """Seconds to bring every scan into a new store."""
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    results = parallel(delayed(preprocess_scan)(scan, folder, 0.7, 128, None) for scan in scans)
+    results = parallel(delayed(preprocess_scan)(scan, folder, SETTINGS) for scan in scans)
     seconds = time.perf_counter() - start
     for state, why in results:
         if state != "done":
@@ -64,59 +66,70 @@ def measure_memory(scan: Scan, folder: Path) -> float:
     """MB by which the peak memory of a new process grows over one scan, all modules loaded."""
     to_mb = 1 / 1024**2 if sys.platform == "darwin" else 1 / 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state, why = preprocess_scan(scan, folder, 0.7, 128, None)
+    state, why = preprocess_scan(scan, folder, SETTINGS)
     if state != "done":
         raise DataError(why)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * to_mb
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--raw", type=Path, help="folder with train/, val/, test/; left out: a demo cohort is made")
-    parser.add_argument("--scans", type=int, default=8, help="how many of them (default: 8)")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts (default: 3)")
-    args = parser.parse_args(argv)
-    if min(args.scans, args.repeats) < 1:
-        parser.error("--scans and --repeats are at least 1")
-    with tempfile.TemporaryDirectory() as temporary:
-        raw, store = args.raw or Path(temporary, "raw"), Path(temporary, "processed")
-        if args.raw is None:
-            counts = ["--train", str(args.scans), "--val", "0", "--test-normal", "0", "--test-abnormal", "0"]
-            subprocess.run([sys.executable, DEMO, "--raw", raw, *counts, "--voxel-size", "1"], check=True)
-        scans = find_scans(raw)[: args.scans]
-        volume_mb = max(np.prod(nib.load(scan.path).shape) for scan in scans) * 4 / 1024**2
-        executor = get_reusable_executor(max_workers=1)
-        largest = max(scans, key=lambda scan: np.prod(nib.load(scan.path).shape))
-        memory_mb = executor.submit(measure_memory, largest, store).result()
-        executor.shutdown()
-        best = dict.fromkeys(("reading", "one worker", "two workers"), np.inf)
-        with Parallel(n_jobs=1) as one, Parallel(n_jobs=2) as two:
-            time_reading(scans)  # so that every round finds the files in memory
-            time_preprocessing(scans[:2], store, two)  # so that no round waits for a worker to start
-            for _ in range(args.repeats):
-                best["reading"] = min(best["reading"], time_reading(scans))
-                best["one worker"] = min(best["one worker"], time_preprocessing(scans, store, one))
-                best["two workers"] = min(best["two workers"], time_preprocessing(scans, store, two))
-    rates = {what: len(scans) / seconds for what, seconds in best.items()}
-    for what, rate in rates.items():
-        print(f"{what:12} {1000 / rate:8.1f} ms a scan {rate:8.1f} scans a second")
-    print(f"{'memory':12} {memory_mb:8.1f} MB a worker {memory_mb / volume_mb:8.2f} volumes in float32")
-    figures = {
+def measure(raw: Path, store: Path, number: int, repeats: int) -> dict[str, float]:
+    """Scans a second of each way, the best of the repeats, and the memory of a worker."""
+    scans = search(raw, TREE).scans[:number]
+    if not scans:
+        raise DataError(explain_no_scans(raw))
+    sizes = {scan.path: np.prod(nib.load(scan.path).shape) for scan in scans}
+    executor = get_reusable_executor(max_workers=1)
+    worker_mb = executor.submit(measure_memory, max(scans, key=lambda scan: sizes[scan.path]), store).result()
+    executor.shutdown()
+    best = dict.fromkeys(("reading", "one worker", "two workers"), np.inf)
+    with Parallel(n_jobs=1) as one, Parallel(n_jobs=2) as two:
+        time_reading(scans)  # so that every round finds the files in memory
+        time_preprocessing(scans[:2], store, two)  # so that no round waits for a worker to start
+        for _ in range(repeats):
+            best["reading"] = min(best["reading"], time_reading(scans))
+            best["one worker"] = min(best["one worker"], time_preprocessing(scans, store, one))
+            best["two workers"] = min(best["two workers"], time_preprocessing(scans, store, two))
+    rates = {way: len(scans) / seconds for way, seconds in best.items()}
+    return {
         "scans": len(scans),
         "reading_rate": rates["reading"],
         "one_worker_rate": rates["one worker"],
         "two_workers_rate": rates["two workers"],
         "of_reading": rates["one worker"] / rates["reading"],
         "two_to_one": rates["two workers"] / rates["one worker"],
-        "worker_mb": memory_mb,
-        "worker_volumes": memory_mb / volume_mb,
+        "worker_mb": worker_mb,
+        "worker_volumes": worker_mb / (max(sizes.values()) * 4 / 1024**2),
     }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's flags, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--raw", type=Path, help="folder with train/, val/, test/; left out: a demo cohort is made")
+    parser.add_argument("--scans", type=int, default=8, help="how many of them")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each is timed; the best counts")
+    args = parser.parse_args(argv)
+    if min(args.scans, args.repeats) < 1:
+        parser.error("--scans and --repeats are at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        raw, store = args.raw or Path(temporary, "raw"), Path(temporary, "processed")
+        if args.raw is None:
+            counts = ["--train", str(args.scans), "--val", "0", "--test-normal", "0", "--test-abnormal", "0"]
+            subprocess.run([sys.executable, DEMO, "--raw", raw, *counts, "--voxel-size", "1"], check=True)
+        figures = measure(raw, store, args.scans, args.repeats)
+    for way in ("reading", "one worker", "two workers"):
+        rate = figures[f"{way.replace(' ', '_')}_rate"]
+        print(f"{way:12} {1000 / rate:8.1f} ms a scan {rate:8.1f} scans a second")
+    print(f"{'memory':12} {figures['worker_mb']:8.1f} MB a worker {figures['worker_volumes']:8.2f} volumes in float32")
     print(json.dumps({key: round(float(value), 3) for key, value in figures.items()}))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DataError as error:
-        sys.exit(str(error))
+    run_script(main)

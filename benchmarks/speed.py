@@ -34,18 +34,17 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.device import keep_freed_memory
-from models import anomaly
 from models.anomaly import calibrate, map_anomalies, reconstruct
 from models.autoencoder import MODELS, convolution_block, take_middle
 from models.checkpoint import build_model
 from preprocessing.slices import ScanSlices, list_scans, name_slice, write_scan
+from tests.reference import map_plainly
 from training.trainer import LOOK_EVERY, Trainer, choose_precision, make_pair, seed_generator, sum_squares
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -215,35 +214,6 @@ class PlainTraining:
             self.optimiser.step()
             loss.item()
             self.step += 1
-
-
-def map_plainly(
-    stack: np.ndarray, reconstruction: np.ndarray, spacing_mm: tuple[float, float], calibration: dict
-) -> np.ndarray:
-    """The anomaly map of models/anomaly.py, written down as its docstring says it, with SciPy's filters."""
-
-    def smooth(values: np.ndarray, sigma_mm: float) -> np.ndarray:
-        return ndimage.gaussian_filter(values, [sigma_mm / spacing_mm[i] for i in (0, 1, 1)], mode="nearest")
-
-    brain = stack > 0
-    stack, drawn = (np.where(brain, values, 0).astype(np.float32) for values in (stack, reconstruction))
-    share = smooth(brain.astype(np.float32), anomaly.SMOOTHING_MM)
-    within = np.maximum(share, 0.1)
-    residual, mean, squares = (
-        smooth(values, anomaly.SMOOTHING_MM) / within for values in (stack - drawn, drawn, drawn**2)
-    )
-    deviation = np.sqrt(np.maximum(squares - mean**2, 0))
-    limit = anomaly.SHADING_LIMIT * np.median(np.abs(residual[brain]))
-    wide = smooth(np.clip(residual, -limit, limit) * brain, anomaly.SHADING_MM)
-    residual -= wide / (smooth(brain.astype(np.float32), anomaly.SHADING_MM) + 0.02)
-    residual *= brain * np.clip(2 * share - 1, 0, 1)
-    expected, limits, by_look = (calibration[name].numpy() for name in ("expected", "looks", "by_look"))
-    expected = ndimage.zoom(expected, (1, len(stack) / anomaly.LEVELS, 1, 1), order=1)
-    sign = (residual <= 0).astype(int)
-    look = by_look[sign, np.searchsorted(limits[0], mean), np.searchsorted(limits[1], deviation)]
-    mapped = np.where(brain, np.abs(residual) / (np.where(sign, expected[1], expected[0]) * look), 0)
-    mapped = smooth(mapped, anomaly.SMOOTHING_MM) / np.maximum(share, 1e-6)
-    return np.where(brain, mapped / np.median(mapped[brain]), np.nan)
 
 
 def evaluate_plainly(name: str, scan: ScanSlices, calibration: dict) -> np.ndarray:

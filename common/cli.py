@@ -74,6 +74,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     return parser.parse_args([*_read_flags(parser, path, given), *given] if path else given)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names each default, but for flags that mean something of their own where left out; keeps an example's lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def list_flags(args: argparse.Namespace) -> dict:
     """The flags that made something, as plain values by name: what a record keeps under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}

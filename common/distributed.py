@@ -99,3 +99,10 @@ def share_gradients(model: nn.Module) -> nn.Module:
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give all processes the main one's batch-norm statistics, which differ where each took them over its slices."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

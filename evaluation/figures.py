@@ -1,4 +1,4 @@
-"""The figures of an evaluation as PNG: curves, histograms, detectability, calibration, age and sex."""
+"""The figures of an evaluation: curves, histograms, detectability, calibration, age and sex."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from common.files import write_figure
+from evaluation.predictor import DETECTORS
+from evaluation.results import Results
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
@@ -19,8 +21,8 @@ SEX_MARKERS = {"F": "o", "M": "s", None: "D"}
 
 
 def draw_curves(
-    path: Path, labels: np.ndarray, scores: dict[str, np.ndarray], figures: dict[str, tuple[dict, dict]], what: str
-) -> None:
+    labels: np.ndarray, scores: dict[str, np.ndarray], figures: dict[str, tuple[dict, dict]], what: str
+) -> plt.Figure:
     """ROC and precision-recall curves of several scores, (n,) each, over the same labels (n,) bool.
 
     figures: (AUROC, average precision) of each, with its interval, for the legend.
@@ -47,10 +49,10 @@ def draw_curves(
         axis.legend(
             frameon=False, fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
-    write_figure(path, figure)
+    return figure
 
 
-def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str], marks: dict[str, tuple[float, str]]) -> None:
+def draw_histograms(rows: list[dict], columns: dict[str, str], marks: dict[str, tuple[float, str]]) -> plt.Figure:
     """Histograms of columns ({name: axis label}) of score rows by label; marks: {name: (score, what it is)}."""
     figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), layout="constrained", squeeze=False)
     for axis, (column, name) in zip(axes[0], columns.items(), strict=True):
@@ -67,32 +69,31 @@ def draw_histograms(path: Path, rows: list[dict], columns: dict[str, str], marks
         axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel=name, ylabel="how many", title=name)
         axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_dice(path: Path, thresholds: np.ndarray, dice: np.ndarray, calibrated: float, counts: str) -> None:
-    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one marked."""
+def draw_dice(thresholds: np.ndarray, dice: np.ndarray, calibrated: float, reached: float, counts: str) -> plt.Figure:
+    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one and what it reaches."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     axis.plot(thresholds, dice, color=COLOURS[0])
     best = int(dice.argmax())
-    at = float(dice[max(0, int((thresholds >= calibrated).sum()) - 1)])
-    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {at:.3f}")
+    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {reached:.3f}")
     axis.plot(
         thresholds[best], dice[best], "o", color=COLOURS[1], label=f"best, an upper bound: {dice[best]:.3f}", zorder=3
     )
     axis.set(
         title=f"Dice of the anomaly map\n{counts}",
-        xlabel="threshold, times the usual residual",
+        xlabel="threshold, times the scan's median",
         ylabel="Dice",
         xlim=(0, 4 * calibrated),
         ylim=(0, None),
     )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_detectability(path: Path, by: dict[str, list[dict]]) -> None:
+def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
     """Recall and mean Dice of lesions in groups; by: {what the groups are: as `measure_detectability` gives them}."""
     figure, axes = plt.subplots(1, len(by), figsize=(5.6 * len(by), 4), layout="constrained", squeeze=False)
     for axis, (what, groups) in zip(axes[0], by.items(), strict=True):
@@ -116,10 +117,10 @@ def draw_detectability(path: Path, by: dict[str, list[dict]]) -> None:
         )
         axis.grid(alpha=0.3, axis="y")
         axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: float) -> None:
+def draw_calibration(p_values: dict[str, np.ndarray], false_positive_rate: float) -> plt.Figure:
     """How often normal test scans and slices ({"scans": (n,), ...}) have a p-value of at most alpha, over alpha.
 
     A promise kept lies on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
@@ -133,7 +134,9 @@ def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: 
     for (what, values), colour, dash in zip(p_values.items(), COLOURS, DASHES, strict=False):
         share = np.searchsorted(np.sort(values), alphas, side="right") / len(values)
         axis.step(alphas, share, where="post", color=colour, linestyle=dash, label=f"{len(values)} normal {what}")
-    axis.axvline(false_alarms, color="black", linestyle=":", linewidth=1, label=f"asked: {false_alarms:g}")
+    axis.axvline(
+        false_positive_rate, color="black", linestyle=":", linewidth=1, label=f"asked: {false_positive_rate:g}"
+    )
     axis.set(
         title="p-values of normal test scans",
         xlabel="alpha",
@@ -143,10 +146,10 @@ def draw_calibration(path: Path, p_values: dict[str, np.ndarray], false_alarms: 
     )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
-def draw_ages(path: Path, rows: list[dict], mark: tuple[float, str] | None) -> None:
+def draw_ages(rows: list[dict], mark: tuple[float, str] | None) -> plt.Figure:
     """The scores of normal scans against age, a mark for each sex; mark: (the score above which a scan is flagged, its
     name)."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
@@ -156,7 +159,53 @@ def draw_ages(path: Path, rows: list[dict], mark: tuple[float, str] | None) -> N
             axis.plot(*zip(*known, strict=True), marker, color=colour, label=f"{sex or 'sex unknown'} ({len(known)})")
     if mark:
         axis.axhline(mark[0], color="black", linestyle=":", label=mark[1])
-    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the usual residual")
+    axis.set(title="normal scans", xlabel="age, years", ylabel="score, times the scan's median")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    return figure
+
+
+def draw_figures(out: Path, results: Results, content: dict) -> dict[str, str]:
+    """The figures of what metrics.json says, as PNG; returns {file name: what it shows, in words}."""
+    calibration, counts, flagged = content["calibration"], content["counts"], content["flagged"]
+    asked, threshold = content["settings"]["false_positive_rate"], calibration["voxel_threshold"]
+    pictures = {}
+    for level, rows in (("slices", results.list_judged()), ("scans", results.scans)):
+        labels = np.array([row["label"] == "abnormal" for row in rows])
+        one = level.removesuffix("s")
+        if labels.any() and not labels.all():
+            scores = {title: np.array([row[name] for row in rows]) for name, title in DETECTORS.items()}
+            measured = {
+                title: tuple(content["figures"][name][f"{one}_{figure}"] for figure in ("auroc", "ap"))
+                for name, title in DETECTORS.items()
+            }
+            write_figure(out / f"curves_{level}.png", draw_curves(labels, scores, measured, level))
+            pictures[f"curves_{level}.png"] = f"ROC and precision-recall curves of {level}"
+        columns = {"score": f"score of {level}", "mse": f"reconstruction MSE of {level}"}
+        mark = calibration[f"{one}_score"]
+        marks = {"score": (mark, f"above: p ≤ {asked:g}")} if mark is not None else {}
+        write_figure(out / f"histograms_{level}.png", draw_histograms(rows, columns, marks))
+        pictures[f"histograms_{level}.png"] = f"Histograms of the scores of {level} by label"
+    if "dice" in content["figures"]["score"]:
+        lesions = f"{counts['lesions']} lesions, {len(results.scans)} scans, {counts['subjects']} subjects"
+        curve, reached = results.voxels["score"].dice_curve(), content["figures"]["score"]["dice"]["value"]
+        write_figure(out / "dice.png", draw_dice(*curve, threshold, reached, lesions))
+        pictures["dice.png"] = "Dice of the anomaly map against its threshold, the calibrated one marked"
+    if content["detectability"]:
+        write_figure(out / "detectability.png", draw_detectability(content["detectability"]))
+        pictures["detectability.png"] = "Share of lesions found and their Dice by " + " and by ".join(
+            content["detectability"]
+        )
+    normal = {
+        level: np.array([row["p_value"] for row in rows if row["label"] == "normal"])
+        for level, rows in (("scans", results.scans), ("slices", results.slices))
+    }
+    if len(normal["scans"]):
+        write_figure(out / "calibration.png", draw_calibration(normal, asked))
+        pictures["calibration.png"] = "How often normal scans have a small p-value, against what was promised"
+    if "normal_by_age" in flagged:
+        mark = calibration["scan_score"]
+        rows = [row for row in results.scans if row["label"] == "normal"]
+        write_figure(out / "age.png", draw_ages(rows, None if mark is None else (mark, f"above: p ≤ {asked:g}")))
+        pictures["age.png"] = "Scores of normal scans against age"
+    return pictures

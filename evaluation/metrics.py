@@ -110,8 +110,8 @@ class VoxelCounts:
         pooled = table.sum(axis=0)
         counted = {"voxel_ap": counted_average_precision, "best_dice": best_dice}
         if threshold is not None:
-            last = max(0, int((thresholds >= threshold).sum()) - 1)
-            counted["dice"] = lambda counts: counted_dice(counts)[..., last]
+            flagged = thresholds >= threshold
+            counted["dice"] = lambda counts: dice_of_flagged(counts, flagged)
         intervals = _intervals(counted, table)
         return {name: {"value": float(figure(pooled))} | intervals[name] for name, figure in counted.items()} | {
             "best_dice_threshold": float(thresholds[counted_dice(pooled).argmax()]),
@@ -146,6 +146,12 @@ def counted_dice(counts: np.ndarray) -> np.ndarray:
     return 2 * within / np.maximum(within + outside + within[..., -1:], 1e-9)
 
 
+def dice_of_flagged(counts: np.ndarray, flagged: np.ndarray) -> np.ndarray:
+    """(...,) Dice with the scores of these thresholds (thresholds,) bool flagged; 0 where none is."""
+    outside, within = np.moveaxis(counts[..., flagged].sum(axis=-1), -1, 0)
+    return 2 * within / np.maximum(within + outside + counts[..., 1, :].sum(axis=-1), 1e-9)
+
+
 def best_dice(counts: np.ndarray) -> np.ndarray:
     """(...,) the highest Dice over all thresholds: an upper bound, for it chooses with the labels in sight."""
     return counted_dice(counts).max(axis=-1)
@@ -156,9 +162,9 @@ def list_lesions(
 ) -> list[dict]:
     """The lesions of a mask (n, H, W) bool, and how far the anomaly map (n, H, W) at a threshold finds each.
 
-    Parts less than two pixels apart are one lesion, and what is under SMALLEST_LESION_ML is none. Each with its volume
-    (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least
-    FOUND_SHARE; `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
+    Parts with at most two pixels between them are one lesion; what is under SMALLEST_LESION_ML is none. Of each its
+    volume (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least FOUND_SHARE;
+    `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
     """
     touching = np.ones((3, 3, 3))
     lesion = lesion & np.isfinite(anomaly)

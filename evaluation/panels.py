@@ -14,30 +14,31 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from scipy import ndimage
+from skimage.util import montage
 
 from common.files import write_figure
-from evaluation.examiner import Examined
+from evaluation.predictor import Prediction
 
 ANOMALY_COLOURS = matplotlib.colormaps["inferno"]  # rises in lightness, so it reads in grey and for the colour-blind
 RESIDUAL_COLOURS = matplotlib.colormaps["PuOr_r"].with_extremes(bad="0.5")
 RESIDUAL_TOP = 0.3  # of full intensity
 NOT_SCORED = 0.5  # grey
 LESION_COLOUR = "#56B4E9"
-ANOMALY_LABEL = "anomaly, times the usual residual"
+ANOMALY_LABEL = "anomaly, times the scan's median"
 COLUMNS = 8  # of a montage
-DPI = 110
+MONTAGE_SLICES = 48
 
 
 def overlay(slice_: np.ndarray, anomaly: np.ndarray, top: float) -> np.ndarray:
     """The anomaly map laid over slices, both (..., H, W), as RGB (..., H, W, 3) in [0, 1]; strongest where highest."""
     strength = np.clip(np.nan_to_num(anomaly) / top, 0, 1)[..., None]
     grey = np.repeat(slice_.astype(np.float32)[..., None], 3, axis=-1)
-    opacity = np.clip(2 * strength - 0.3, 0, 0.85)  # what is usual leaves the slice as it is
+    opacity = np.clip(2 * strength - 0.3, 0, 0.85)  # expected values leave the slice as it is
     mixed = grey * (1 - opacity) + ANOMALY_COLOURS(strength[..., 0])[..., :3] * opacity
     return np.where(np.isfinite(anomaly)[..., None], mixed, NOT_SCORED)
 
 
-def draw_panels(path: Path, examined: Examined, shown: list[int], title: str, threshold: float) -> None:
+def draw_panels(prediction: Prediction, shown: list[int], title: str) -> plt.Figure:
     """Kept slices of a scan, a row each: slice, reconstruction, signed residual, anomaly map over the slice."""
     # Places by hand, in inches: a layout engine takes longer than all the rest, and pictures should be alike.
     width, side, top = 12.6, 2.57, 0.6
@@ -51,7 +52,7 @@ def draw_panels(path: Path, examined: Examined, shown: list[int], title: str, th
     for row, i in enumerate(shown):
         bottom = height - top - (row + 1) * (side + 0.06) + 0.06
         axes = [add_axes(left, bottom, side, side) for left in (0.06, 2.69, 5.32, 8.87)]
-        drawn = _draw_row(axes, examined, i, 2 * threshold)
+        drawn = _draw_row(axes, prediction, i)
         if row == 0:
             for axis, name in zip(axes, names, strict=True):
                 axis.set_title(name, fontsize=10)
@@ -61,23 +62,23 @@ def draw_panels(path: Path, examined: Examined, shown: list[int], title: str, th
             bar.ax.tick_params(labelsize=8)
             for y, word in ((side - 0.1, "brighter"), (0, "darker")):
                 figure.text(7.95 / width, (bottom + y) / height, word, fontsize=7)
-            _draw_anomaly_bar(figure, add_axes(11.53, bottom + 0.23, 0.12, side - 0.46), threshold)
+            _draw_anomaly_bar(figure, add_axes(11.53, bottom + 0.23, 0.12, side - 0.46), prediction.threshold)
         if len(shown) > 1:
-            text = f"slice {examined.scan.indices[i]}"
+            text = f"slice {prediction.scan.geometry.slices[i]}"
             axes[0].text(0.03, 0.97, text, color="white", transform=axes[0].transAxes, va="top")
     figure.suptitle(title, fontsize=11, y=1 - 0.05 / height, parse_math=False)
-    write_figure(path, figure)
+    return figure
 
 
-def _draw_row(axes: list[plt.Axes], examined: Examined, i: int, top: float):
+def _draw_row(axes: list[plt.Axes], prediction: Prediction, i: int):
     """Draw the four pictures of one slice; returns that of the residual, for its colour bar."""
-    slice_, lesion = examined.scan.stack[i].astype(np.float32), examined.scan.lesion
-    residual = np.where(slice_ > 0, slice_ - examined.reconstruction[i], np.nan)
+    slice_, lesion = prediction.scan.stack[i].astype(np.float32), prediction.scan.lesion
+    residual = np.where(slice_ > 0, slice_ - prediction.reconstruction[i], np.nan)
     grey = {"cmap": "gray", "origin": "lower", "vmin": 0, "vmax": 1}
     axes[0].imshow(slice_, **grey)
-    axes[1].imshow(examined.reconstruction[i], **grey)
+    axes[1].imshow(prediction.reconstruction[i], **grey)
     drawn = axes[2].imshow(residual, cmap=RESIDUAL_COLOURS, origin="lower", vmin=-RESIDUAL_TOP, vmax=RESIDUAL_TOP)
-    axes[3].imshow(overlay(slice_, examined.maps["score"][i], top), origin="lower")
+    axes[3].imshow(overlay(slice_, prediction.anomaly[i], 2 * prediction.threshold), origin="lower")
     for axis, colour in zip(axes, ("white", "white", "black", "black"), strict=True):
         axis.set_axis_off()
         for x, letter in ((0.04, "L"), (0.96, "R")):
@@ -89,20 +90,17 @@ def _draw_row(axes: list[plt.Axes], examined: Examined, i: int, top: float):
     return drawn
 
 
-def draw_montage(path: Path, examined: Examined, title: str, threshold: float) -> None:
+def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     """All kept slices of a scan from the lowest to the highest, at most 48 of them, with the anomaly map over each."""
-    scan = examined.scan
-    shown = np.unique(np.linspace(0, len(scan.indices) - 1, 48).round().astype(int))
-    tiles = overlay(scan.stack[shown], examined.maps["score"][shown], 2 * threshold)
+    scan = prediction.scan
+    shown = np.unique(np.linspace(0, len(scan.stack) - 1, MONTAGE_SLICES).round().astype(int))
+    tiles = overlay(scan.stack[shown], prediction.anomaly[shown], 2 * prediction.threshold)
     if scan.lesion is not None:
         tiles[outline(scan.lesion[shown])] = to_rgb(LESION_COLOUR)
     tiles = tiles[(slice(None), *find_crop((scan.stack > 0).any(axis=0)))]
     (tall, wide), rows = tiles.shape[1:3], -(-len(tiles) // COLUMNS)
-    canvas = np.full((rows * tall, COLUMNS * wide, 3), NOT_SCORED, dtype=np.float32)
-    for place, tile in enumerate(tiles):
-        row, column = divmod(place, COLUMNS)
-        # the canvas is drawn from the top, a slice from the bottom
-        canvas[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide] = tile[::-1]
+    upright = tiles[:, ::-1]  # the canvas is drawn from the top, a slice from the bottom
+    canvas = montage(upright, fill=[NOT_SCORED] * 3, grid_shape=(rows, COLUMNS), channel_axis=-1)
     width, height, top = 11.0, 10.0 * canvas.shape[0] / canvas.shape[1], 0.4
     figure = plt.figure(figsize=(width, height + top))
     axis = figure.add_axes((0, 0, 10 / width, height / (height + top)))
@@ -110,12 +108,28 @@ def draw_montage(path: Path, examined: Examined, title: str, threshold: float) -
     axis.set_axis_off()
     for place, i in enumerate(shown):
         row, column = divmod(place, COLUMNS)
-        axis.text((column + 0.03) * wide, row * tall + 0.1 * wide, scan.indices[i], fontsize=8, color="black")
+        axis.text((column + 0.03) * wide, row * tall + 0.1 * wide, scan.geometry.slices[i], fontsize=8, color="black")
     for x, side in ((0.04, "L"), (0.96, "R")):
         axis.text(x * wide, tall / 2, side, fontsize=10, color="black", ha="center", va="center", weight="bold")
-    _draw_anomaly_bar(figure, figure.add_axes((10.1 / width, 0.15, 0.014, 0.7)), threshold)
+    _draw_anomaly_bar(figure, figure.add_axes((10.1 / width, 0.15, 0.014, 0.7)), prediction.threshold)
     figure.text(0.005, 1 - 0.22 / (height + top), title, fontsize=10, va="center", parse_math=False)
-    write_figure(path, figure)
+    return figure
+
+
+def draw_scan(out: Path, prediction: Prediction, panels: str) -> None:
+    """Write the montage of a scan and the panels asked for: its worst slice, its N worst or "all"."""
+    scan, rows, row = prediction.scan, prediction.slice_rows, prediction.scan_row
+    title = f"{scan.name} ({scan.label})"
+    scored = f"{title}: score {row['score']:.1f}, p {row['p_value']:.3f}"
+    write_figure(out / "montages" / scan.label / f"{scan.name}.png", draw_montage(prediction, scored))
+    count = {"worst": 1, "all": len(rows)}.get(panels) or int(panels)
+    for i in prediction.rank_slices()[:count]:
+        title_of_slice = (
+            f"{title}, slice {rows[i]['slice']}: score {rows[i]['score']:.1f}, p {rows[i]['p_value']:.3f}, "
+            f"MSE {rows[i]['mse']:.5f}"
+        )
+        path = out / "error_maps" / scan.label / f"{scan.name}_slice_{rows[i]['slice']:03d}.png"
+        write_figure(path, draw_panels(prediction, [i], title_of_slice))
 
 
 def find_crop(brain: np.ndarray, margin: int = 5) -> tuple[slice, slice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 COLUMNS = {
     "voxel_ap": "voxel AP",
     "best_dice": "best Dice (upper bound)",
@@ -17,13 +19,14 @@ BASELINES = {
 }
 
 
-def list_rows(named: dict[str, dict]) -> list[tuple[str, list[dict | None]]]:
-    """(title, a figure or None for each of COLUMNS) of {name: metrics}; the first model's baselines first."""
+def make_table(named: dict[str, dict]) -> pd.DataFrame:
+    """The table of {name: metrics}, all of the same data, as text; the baselines, which they share, come first."""
     first = next(iter(named.values()))["figures"]
-    rows = [(title, first[key]) for key, title in BASELINES.items()]
+    rows = {title: first[detector] for detector, title in BASELINES.items()}
     for name, metrics in named.items():
-        rows += [(f"{name}, {title}", metrics["figures"][key]) for key, title in DETECTORS.items()]
-    return [(title, [figures.get(column) for column in COLUMNS]) for title, figures in rows]
+        rows |= {f"{name}, {title}": metrics["figures"][detector] for detector, title in DETECTORS.items()}
+    cells = [[format_figure(figures.get(column)) for column in COLUMNS] for figures in rows.values()]
+    return pd.DataFrame(cells, index=list(rows), columns=list(COLUMNS.values()))
 
 
 def describe_counts(metrics: dict) -> str:
@@ -37,33 +40,19 @@ def describe_counts(metrics: dict) -> str:
 
 
 def format_markdown(named: dict[str, dict]) -> str:
-    """The Markdown table of {name: metrics}, all of the same data."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [f"| {title} | {' | '.join(map(format_figure, cells))} |" for title, cells in list_rows(named)]
+    """The Markdown table of {name: metrics}, all of the same data, with a sentence on what stands behind it."""
+    table = make_table(named)
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
+    lines += [f"| {' | '.join([title, *cells])} |" for title, cells in zip(table.index, table.values, strict=True)]
     return "\n".join([*lines, "", describe_counts(next(iter(named.values()))) + "."])
 
 
 def format_latex(named: dict[str, dict]) -> str:
     """The same as a LaTeX tabular; needs the package booktabs."""
-    lines = [
-        f"% {describe_counts(next(iter(named.values())))}",
-        rf"\begin{{tabular}}{{l{'c' * len(COLUMNS)}}}",
-        r"\toprule",
-        " & ".join(["", *COLUMNS.values()]) + r" \\",
-        r"\midrule",
-    ]
-    for title, cells in list_rows(named):
-        text = [_escape(title), *(format_figure(cell).replace("–", "--") for cell in cells)]
-        lines.append(" & ".join(text) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+    tabular = make_table(named).to_latex(column_format=f"l{'c' * len(COLUMNS)}", escape=True)
+    return f"% {describe_counts(next(iter(named.values())))}\n{tabular.replace('–', '--').rstrip()}"
 
 
 def format_figure(figure: dict | None) -> str:
     """`0.465 (0.308–0.612)`; nothing where the figure could not be taken."""
     return f"{figure['value']:.3f} ({figure['low']:.3f}–{figure['high']:.3f})" if figure else ""
-
-
-def _escape(text: str) -> str:
-    for sign in "\\&%$#_{}":
-        text = text.replace(sign, {"\\": r"\textbackslash "}.get(sign, f"\\{sign}"))
-    return text

@@ -1,10 +1,10 @@
 """The convolutional autoencoders. `MODELS` names them; both map slices (B, C, H, W) in [0, 1] to (B, 1, H, W).
 
-cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw the unknown.
+cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw the unknown
 dae  a denoising U-Net: trained to undo corruptions of healthy slices (Kascenas et al., MIDL 2022; Naval Marimont et
-     al., "DISYRE", 2024), it takes an anomaly for one more corruption and draws the healthy tissue instead.
+     al., "DISYRE", 2024), it takes an anomaly for one more corruption and draws healthy tissue instead
 
-The C channels are the slice that is to be drawn, in the middle, and those of its neighbours that the model asks for.
+The C channels are the slice to reconstruct, in the middle, and the neighbours that `neighbour_offsets` asks for.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NEIGHBOUR_MM = 4.0  # about how far the neighbours that a model is shown lie from the slice it draws
+NEIGHBOUR_MM = 4.0  # distance, about, between a slice and the neighbours that the model sees
 
 
 def take_middle(slices: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) the slices themselves, without their neighbours, of (B, C, H, W)."""
+    """The slices without their neighbours: (B, 1, H, W) of (B, C, H, W)."""
     middle = slices.shape[1] // 2
     return slices[:, middle : middle + 1]
 
@@ -32,18 +32,18 @@ def convolution_block(channels_in: int, channels_out: int, stride: int = 1) -> n
 
 
 class ConvolutionalAutoencoder(nn.Module):
-    """Encoder that halves the resolution down to 4x4-cell maps, a dense latent, and the mirrored decoder.
+    """Encoder that halves the resolution four times, a dense latent, and the mirrored decoder.
 
     size    pixels along each side of a slice, a multiple of 16
     width   channels of the first level; they double at each of the next three
-    latent  numbers that a slice is squeezed into; far fewer than its pixels, or the identity is learned
+    latent  numbers that encode a slice; far fewer than its pixels, or the identity is learned
     """
 
     corrupted = False  # trained with input = target
 
     @staticmethod
-    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
-        """Which slices it is shown, counted from the one it draws, where slices are so far apart: that one alone."""
+    def neighbour_offsets(slice_spacing_mm: float) -> tuple[int, ...]:
+        """The slices that the model sees, relative to the one it reconstructs: that one alone."""
         return (0,)
 
     def __init__(self, size: int = 128, width: int = 32, latent: int = 64):
@@ -67,17 +67,17 @@ class ConvolutionalAutoencoder(nn.Module):
 
 
 class DenoisingUNet(nn.Module):
-    """U-Net on cells of 4x4 pixels, which sees several times the slices in the same time; it draws the correction.
+    """U-Net on cells of 4x4 pixels, which makes it several times faster; its output is a correction of the slice.
 
-    It is shown the slices about 4 mm below and above too: a fold of the cortex goes on there, a lesion does otherwise.
-    What comes up is added to what was kept on the way down, not joined to it, and convolved once: half the arithmetic.
+    It also sees the slices about 4 mm below and above, where a fold of the cortex goes on and a lesion differs. Skip
+    connections are added, not concatenated, and convolved once: half the arithmetic.
 
-    size   unused by the network itself (it is convolutional); kept so that both models are made alike
+    size   unused, as the network is convolutional; so that both models are built alike
     width  channels of the first level; they double at each of the `depth - 1` next
     """
 
     corrupted = True  # trained to undo corruption
-    cell = 4
+    cell = 4  # pixels along each side
 
     def __init__(self, size: int = 128, width: int = 64, depth: int = 3):
         super().__init__()
@@ -93,9 +93,9 @@ class DenoisingUNet(nn.Module):
         self.to_slice = nn.Sequential(nn.Conv2d(width, self.cell**2, 3, padding=1), nn.PixelShuffle(self.cell))
 
     @staticmethod
-    def find_neighbours(spacing_mm: float) -> tuple[int, ...]:
-        """Which slices it is shown, counted from the one it draws, where slices are so far apart."""
-        step = max(1, round(NEIGHBOUR_MM / spacing_mm))
+    def neighbour_offsets(slice_spacing_mm: float) -> tuple[int, ...]:
+        """The slices that the model sees, relative to the one it reconstructs: those about 4 mm below and above too."""
+        step = max(1, round(NEIGHBOUR_MM / slice_spacing_mm))
         return (-step, 0, step)
 
     def forward(self, slices: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,6 @@ from common.cli import DataError
 from common.files import write_atomically
 from models.autoencoder import MODELS
 
-CheckpointError = DataError
-
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Save tensors, numbers, strings, lists and dicts; the same content gives the same bytes."""
@@ -23,15 +21,13 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote. Raises CheckpointError if it is missing, broken or would run code."""
+    """Read what `save_checkpoint` wrote. Raises DataError if it is missing, broken or would run code."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: no such checkpoint; train first, or give --run the folder that has it"
-        ) from error
+        raise DataError(f"{path}: no such checkpoint; train first, or give --run the folder that has it") from error
     except Exception as error:  # torch.load raises whatever its parts raise on a broken file
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint of weights; train again") from error
+        raise DataError(f"{path}: cannot be read as a checkpoint of weights; train again") from error
 
 
 def build_model(config: dict) -> nn.Module:
@@ -47,5 +43,5 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
         model = build_model(content["config"])
         model.load_state_dict(content["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not hold a model of this version; train again") from error
+        raise DataError(f"{path}: does not hold a model of this version; train again") from error
     return model.to(device).eval(), content

@@ -25,8 +25,8 @@ from preprocessing.diagnosis import (
     show,
     spell,
 )
-from preprocessing.layouts import CONTRAST, ENDINGS
-from preprocessing.scans import Scan
+from preprocessing.layouts import CONTRAST
+from preprocessing.scans import ENDINGS, Scan
 from preprocessing.spreadsheet import Line
 from preprocessing.visits import (
     identify,

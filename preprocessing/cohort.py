@@ -1,15 +1,76 @@
-"""Who is normal and who goes where: labels from the clinical table, splits by subject, refusals of mixed sets."""
+"""Which scan is normal and which split it goes to: labels, splits by subject, and refusals of leaks and mixed sets."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from preprocessing.clinical import CDR_WITHIN_DAYS, Clinical
-from preprocessing.scans import SPLITS, DataError, Scan
+from common.cli import DataError
+from preprocessing.clinical import CDR_WITHIN_DAYS, Clinical, read_clinical
+from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
+from preprocessing.store import StoredScan
+
+
+@dataclass(frozen=True)
+class CohortRules:
+    """How a folder becomes a cohort.
+
+    layout     how the folder is laid out; None: the layout that fits its paths best
+    modality   the contrast to take
+    clinical   the clinical table that says who is normal
+    label      label of all scans, where there is no table
+    blank      label of the scans whose cell in the table is empty; None leaves them out
+    fractions  shares of the normal subjects for train, val and test, summing to 1
+    seed       of the split
+    axes       where the stored axes point to where no header says; None: what the layout says
+    """
+
+    layout: str | None = None
+    modality: str = "t1"
+    clinical: Path | None = None
+    label: str | None = None
+    blank: str | None = None
+    fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
+    seed: int = 0
+    axes: str | None = None
+
+
+def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan], splits: dict[str, str]) -> Search:
+    """Find the scans and give each its label and split; no file is read but the clinical table.
+
+    stored  what the slice store `processed` holds: its subjects keep their split
+    splits  {subject: split} of an earlier plan, whose scans may not be in the store yet
+    """
+    found = search(raw, rules.layout, rules.modality, besides=processed)
+    if not (found.scans or found.refused):
+        raise DataError(explain_no_scans(raw))
+    in_tree = found.layout.startswith(TREE)
+    if in_tree and rules.label:
+        raise DataError(f"{raw}: its folders give the labels already; leave --label out")
+    if not (in_tree or rules.label or rules.clinical):
+        raise DataError(
+            f"{raw}: nothing says which of its {len(found.scans)} scans are normal; give the clinical table with "
+            "--clinical FILE, or say --label normal (split by subject) or --label abnormal (all for testing)"
+        )
+    clinical = read_clinical(rules.clinical) if rules.clinical else None
+    scans, not_labelled = label_scans(found.scans, clinical, rules.label, rules.blank)
+    if not in_tree:
+        scans = split_subjects(scans, rules.fractions, rules.seed, splits | {old.subject: old.split for old in stored})
+    if rules.axes:
+        scans = [replace(scan, axes=rules.axes, distrusted=None) for scan in scans]
+    scans.sort(key=lambda scan: (SPLITS.index(scan.split), LABELS.index(scan.label), scan.name))
+    if not scans:
+        raise DataError(f"{raw}: none of its {len(found.scans)} scans has a label; {not_labelled[0][1]}")
+    refuse_relabelled(scans, stored)
+    refuse_leaks(
+        [(scan.subject, scan.split, str(scan.path)) for scan in scans]
+        + [(old.subject, old.split, str(old.folder)) for old in stored]
+    )
+    refuse_mixture("have a brain mask", ((scan.brain_mask is not None, scan.path) for scan in scans))
+    return found._replace(scans=scans, left_out=found.left_out + not_labelled)
 
 
 def label_scans(
@@ -17,8 +78,8 @@ def label_scans(
 ) -> tuple[list[Scan], list[tuple[str, str]]]:
     """Give each scan its label, age and sex; returns (scans, [(path, why it is left out)]).
 
-    A label that a scan has from the split/label tree stands, and DataError is raised where the table says otherwise.
-    `label` is that of all scans, `blank` the label of those whose cell in the table is empty (None leaves them out).
+    A scan keeps the label that it has from the split/label tree; DataError is raised where the table contradicts it.
+    `label` is that of all scans, `blank` that of scans whose cell in the table is empty (None leaves them out).
     """
     labelled, left_out = [], []
     for scan in scans:
@@ -27,12 +88,12 @@ def label_scans(
             scan = replace(scan, age=row.age, sex=row.sex)
             if scan.label and row.label and row.label != scan.label:
                 raise DataError(
-                    f"{scan.path}: stands among the {scan.label} and is {row.label} in {clinical.path}; move it"
+                    f"{scan.path}: is among the {scan.label} and is {row.label} in {clinical.path}; move it"
                 )
-        says = scan.label or label or (row and (row.label or blank))
-        if says:
-            lesion_mask = scan.lesion_mask if says == "abnormal" else None  # in a normal scan there is nothing to find
-            labelled.append(replace(scan, label=says, lesion_mask=lesion_mask))
+        given = scan.label or label or (row and (row.label or blank))
+        if given:
+            lesion_mask = scan.lesion_mask if given == "abnormal" else None  # a normal scan has no lesion
+            labelled.append(replace(scan, label=given, lesion_mask=lesion_mask))
         elif row:
             why = (
                 f"its {clinical.judged_by} is blank in {clinical.path.name}; --blank-cdr normal would take it as normal"
@@ -54,7 +115,7 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     for scan in scans:
         if scan.subject in abnormal and kept.get(scan.subject, "test") != "test":
             raise DataError(
-                f"{scan.path}: subject {scan.subject} has an abnormal scan and stands in {kept[scan.subject]} from an "
+                f"{scan.path}: subject {scan.subject} has an abnormal scan and is in {kept[scan.subject]} from an "
                 "earlier run; delete the processed folder and preprocess again"
             )
     normal = sorted({scan.subject for scan in scans} - abnormal)
@@ -69,8 +130,32 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     return [replace(scan, split=splits[scan.subject]) for scan in scans]
 
 
+def refuse_relabelled(scans: list[Scan], stored: list[StoredScan]) -> None:
+    """Raise DataError where the store holds a scan under the label that it no longer has.
+
+    One name under both labels is two scans (before and after); under the other label alone it has been relabelled.
+    """
+    planned = {(scan.split, scan.label, scan.name) for scan in scans}
+    for old in stored:
+        other = LABELS[1 - LABELS.index(old.label)]
+        if (old.split, old.label, old.name) not in planned and (old.split, other, old.name) in planned:
+            raise DataError(f"{old.folder}: is {old.split}/{other} now; delete this folder and start again")
+
+
+def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
+    """Raise DataError if one subject is in two splits; takes (subject, split, where) triples."""
+    seen = {}
+    for subject, split, where in subjects:
+        other_split, other = seen.setdefault(subject, (split, where))
+        if other_split != split:
+            raise DataError(
+                f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "
+                "all scans of a subject belong in one split, move or delete one side"
+            )
+
+
 def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:
-    """Raise DataError with the list of the fewer where some scans are `what` and others not; takes (is, path) pairs."""
+    """Raise DataError where some scans are `what` and others not, listing the fewer; takes (whether, path) pairs."""
     groups = {True: [], False: []}
     for side, path in sides:
         groups[bool(side)].append(str(path))

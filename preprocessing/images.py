@@ -1,7 +1,8 @@
-"""Reads image files that may be damaged or lie: never more than a file really holds, and one line where it fails."""
+"""Reads image files, damaged ones too: never more than a file really holds, and one line where that fails."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +12,22 @@ import numpy as np
 from isal import isal_zlib  # unpacks twice as fast as zlib
 from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff
 
-from preprocessing.scans import DataError
+from common.cli import DataError
 
 MOST_VOXELS = 512**3  # 0.5 mm over 256 mm; float32 takes 0.5 GB of them
 SPACING_MM = (0.05, 20)  # of a voxel: what a brain scan can have
 DEFLATE_RATIO = 1032  # gzip makes nothing smaller than this
 CHUNK = 1 << 18  # bytes
 
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters about a header is said below, in one line
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters about a header is checked below
+
+
+def parse_axes(text: str) -> str:
+    """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
+    axes = text.upper()
+    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
+        raise argparse.ArgumentTypeError(f"{text}: say where the three axes point to, such as ASL or RAS")
+    return axes
 
 
 class Image(NamedTuple):
@@ -28,12 +37,12 @@ class Image(NamedTuple):
     affine: np.ndarray
 
 
-def read_image(path: Path, axes: str | None = None, doubted: str | None = None, index: int | None = None) -> Image:
+def read_image(path: Path, axes: str | None = None, distrusted: str | None = None, index: int | None = None) -> Image:
     """Read one 3-D volume of a NIfTI, Analyze or MGH file. Raises DataError with the cure.
 
-    axes     where the stored axes point to (three letters, "ASL"), for a file whose header does not tell
-    doubted  axes that are not believed when the header tells them
-    index    which volume of a file with several, from 0
+    axes        where the stored axes point to (three letters, "ASL"), for a file whose header does not say
+    distrusted  axes that are not believed where a header says them
+    index       which volume of a file with several, from 0
     """
     try:
         _check_file(path)
@@ -44,7 +53,7 @@ def read_image(path: Path, axes: str | None = None, doubted: str | None = None, 
             raise DataError(f"{path}: holds colours, not intensities; export it as grey values")
         if dtype.kind == "c":
             raise DataError(f"{path}: holds complex values; save their magnitude")
-        affine = _find_affine(path, image, shape, axes, doubted)
+        affine = _find_affine(path, image, shape, axes, distrusted)
         data_file = image.file_map["image"].filename
         values = _read_values(Path(data_file), image.dataobj.offset, offset, int(np.prod(shape)), volumes, dtype)
         slope, intercept = image.dataobj.slope, image.dataobj.inter
@@ -73,8 +82,6 @@ def _check_file(path: Path) -> None:
 def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, int], int, int]:
     """(shape of one volume, how many volumes, voxels before the one picked)."""
     shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if len(shape) < 3 or min(shape[:3]) < 2 or min(shape) < 1:
         raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
     count = int(np.prod(shape[:3], dtype=object))
@@ -92,28 +99,28 @@ def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, 
     return shape[:3], volumes, count * index
 
 
-def _find_affine(path: Path, image, shape: tuple, axes: str | None, doubted: str | None) -> np.ndarray:
+def _find_affine(path: Path, image, shape: tuple, axes: str | None, distrusted: str | None) -> np.ndarray:
     zooms = _read_zooms(image)
-    tells = _tells_orientation(image)
+    oriented = _has_orientation(image)
     affine = np.asarray(image.affine, dtype=float)
-    if tells and np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
+    if oriented and np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
         if not (isinstance(image, nib.Nifti1Pair) and image.header["sform_code"] == 0):
             zooms = nib.affines.voxel_sizes(affine)
-        tells = "".join(aff2axcodes(affine)) != doubted
-    elif tells:
+        oriented = "".join(aff2axcodes(affine)) != distrusted
+    elif oriented:
         raise DataError(f"{path}: its header's orientation matrix is singular; convert it again from its source")
     if not np.isfinite(zooms).all() or zooms.min() < SPACING_MM[0] or zooms.max() > SPACING_MM[1]:
         sizes = ", ".join(f"{zoom:g}" for zoom in zooms)
         raise DataError(f"{path}: its header claims voxels of {sizes} mm; correct the header")
-    if tells:
+    if oriented:
         return affine
     if axes is None:
-        raise DataError(f"{path}: its header does not tell its orientation; say with --axes where its axes point to")
+        raise DataError(f"{path}: its header does not give its orientation; give --axes, where its axes point to")
     return _make_affine(axes, shape, zooms)
 
 
 def _read_zooms(image) -> np.ndarray:
-    """Voxel sizes in mm as the header says them: nibabel has made 1 of 0 by now."""
+    """Voxel sizes in mm as the header gives them, before nibabel replaces 0 by 1."""
     if isinstance(image, nib.AnalyzeImage):  # NIfTI images are, too
         holder = image.file_map["header" if "header" in image.file_map else "image"]
         with holder.get_prepare_fileobj("rb") as file:
@@ -121,11 +128,11 @@ def _read_zooms(image) -> np.ndarray:
     return np.asarray(image.header.get_zooms()[:3], dtype=float)
 
 
-def _tells_orientation(image) -> bool:
+def _has_orientation(image) -> bool:
     header = image.header
     if isinstance(image, nib.Nifti1Pair):
         return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
-    if isinstance(image, nib.AnalyzeImage):  # only SPM says it, in a .mat beside
+    if isinstance(image, nib.AnalyzeImage):  # only SPM stores it, in a .mat beside
         mat = image.file_map.get("mat")
         return mat is not None and Path(mat.filename).exists()
     return True
@@ -163,7 +170,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
             filled += len(part)
             size += len(piece)
             if volumes > 1 and size >= first + wanted:
-                break  # a single volume is read to its end, where the checksum stands
+                break  # a single volume is read to its end, where the checksum is
     if packed and filled < wanted:
         raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
     if size - promised > max(promised // 100, 1 << 16):

@@ -1,4 +1,4 @@
-"""How public data sets stand on disk: which file is a session's scan, whose it is, and which files are its masks.
+"""How public data sets are laid out on disk: which file is a session's scan, whose it is, which files are its masks.
 
 A layout is a table of patterns over paths. Nothing here opens a file.
 """
@@ -27,21 +27,21 @@ LABEL = re.compile(
 class Kind(NamedTuple):
     """One kind of volume in a layout.
 
-    pattern  of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say whose
-             the volume is: `subject` and `session`; `name` where the file's own name is the same for every session;
-             `key` where masks go by something else than the name. MODALITY stands for the contrast asked for.
-    axes     where the stored axes point to, for files whose header does not tell
-    doubted  axes that the headers of this kind claim without meaning them
+    pattern     of the path without its ending, from any folder (or with ^ from the top) to the end. Its groups say
+                whose the volume is: `subject` and `session`; `name` where the file's own name is the same for every
+                session; `key` where masks are named otherwise. MODALITY stands for the contrast asked for.
+    axes        where the stored axes point to, for files whose header does not say
+    distrusted  axes that the headers of this kind give wrongly
     """
 
     pattern: str
     axes: str | None = None
-    doubted: str | None = None
+    distrusted: str | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set's way to stand on disk."""
+    """How one data set is laid out on disk."""
 
     name: str
     about: str
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     subject: str
     session: str
     axes: str | None
-    doubted: str | None
+    distrusted: str | None
     brain_mask: str | None
     lesion_mask: str | None
 
@@ -90,7 +90,7 @@ LAYOUTS = {
             "oasis1",
             "OASIS-1 discs",
             (
-                # Analyze does not tell: atlas images lie transverse in Analyze's own order, the others sagittal.
+                # Analyze files do not say: atlas images are stored transverse, the others sagittal.
                 Kind(_OASIS1 + "_t88_masked_gfc", "LAS"),
                 Kind(_OASIS1 + "_t88_gfc", "LAS"),
                 Kind(_OASIS1 + "_sbj_111", "ASL"),
@@ -113,7 +113,7 @@ LAYOUTS = {
             "neurite-oasis",
             "neurite-oasis (FreeSurfer's axes)",
             tuple(
-                Kind(_NEURITE + volume, axes="LIA", doubted="RAS")
+                Kind(_NEURITE + volume, axes="LIA", distrusted="RAS")
                 for volume in ("aligned_norm", "norm", "aligned_orig", "orig")
             ),
         ),
@@ -152,7 +152,7 @@ LAYOUTS = {
                 Kind(_PERSON + "(?:t1w?|t1_?mprage|mprage|anat|struct|image|scan|brain)"),
                 Kind(_PERSON + "(?:t2w?|flair|pdw?|orig|nu)"),
                 Kind(r"(?<!mri/)(?<!mri/orig/)(?P<key>[^/]+)(?<!_brain)"),
-                Kind(r"(?<!mri/)(?P<key>[^/]+)_brain"),  # the same head without its skull, if that stands beside it
+                Kind(r"(?<!mri/)(?P<key>[^/]+)_brain"),  # the same head without its skull, if it is beside it
             ),
             brain_mask=r"(?P<key>[^/]+?)_(?:brain_?)?mask",
             lesion_mask=r"(?P<key>[^/]+?)_(?:lesion(?:_?mask)?|seg)",
@@ -188,7 +188,7 @@ def recognise(paths: list[str], modality: str) -> Layout:
 
 
 def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found], list[tuple[str, str]]]:
-    """Tell a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
+    """Separate a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
     brains, lesions = (_key_masks(pattern, paths) for pattern in (layout.brain_mask, layout.lesion_mask))
     masks = {path for found in (brains, lesions) for path in found.values()}
     sessions, left_out = {}, []
@@ -207,7 +207,7 @@ def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found
             one = (subject, session) if whose else (path.rpartition("/")[0], key)
             kind = layout.scans[rank]
             found = Found(
-                path, name, subject, session, kind.axes, kind.doubted, _pick(brains, key), _pick(lesions, key)
+                path, name, subject, session, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key)
             )
             sessions.setdefault(one, []).append((rank, found))
         elif path not in masks:

@@ -1,4 +1,4 @@
-"""Finds the scans in a folder and knows whose they are: split, label, subject, session, masks."""
+"""Finds the scans in a folder: whose they are, their masks, and in a split/label tree their split and label."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import DataError as DataError
+from common.cli import DataError
 from preprocessing.layouts import CONTRAST, ENDINGS, LAYOUTS, arrange, recognise, strip_ending
-from preprocessing.layouts import name_subject as name_subject
 
 SPLITS = ("train", "val", "test")
 LABELS = ("normal", "abnormal")
@@ -19,7 +18,7 @@ TREE = "split/label tree"
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume on disk and what is known about it; split and label are empty until something says them."""
+    """One volume on disk and what is known about it; split and label are empty until they are known."""
 
     path: Path
     name: str  # what the scan is called everywhere: the file's name without its ending, as a rule
@@ -29,8 +28,8 @@ class Scan:
     session: str
     brain_mask: Path | None
     lesion_mask: Path | None
-    axes: str | None = None  # where the stored axes point to, if the header does not tell
-    doubted: str | None = None  # axes in the header that are not to be believed
+    axes: str | None = None  # where the stored axes point to, if the header does not say
+    distrusted: str | None = None  # axes that are not believed where the header says them
     age: float | None = None  # years
     sex: str | None = None  # "F" or "M"
 
@@ -52,10 +51,10 @@ def name_scan(path: Path) -> str:
 def search(raw: Path, layout: str | None = None, modality: str = "t1", besides: Path | None = None) -> Search:
     """Find the scans under a folder, symbolic links followed once, `besides` (the slice store) left alone.
 
-    With `<raw>/{train,val,test}/{normal,abnormal}` the tree gives split and label, and what lies in it may have any
-    layout; otherwise `layout` or what the paths look like decides, and split and label are left empty. In the tree,
-    masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where id is the scan's name
-    with or without its contrast (`_T1w`). Lesion masks belong to abnormal scans.
+    Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
+    may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
+    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where
+    id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion masks.
     """
     if not raw.is_dir():
         raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
@@ -78,38 +77,11 @@ def search(raw: Path, layout: str | None = None, modality: str = "t1", besides: 
     return found._replace(scans=scans, refused=found.refused + same_names)
 
 
-def find_scans(raw: Path) -> list[Scan]:
-    """All scans of a split/label tree, sorted by split, label and name.
-
-    Raises DataError where there are no scans, where two files would get one name, or where a subject stands in two
-    splits.
-    """
-    found = search(raw, TREE)
-    if found.refused:
-        raise DataError(found.refused[0][1])
-    if not found.scans:
-        raise DataError(explain_no_scans(raw))
-    refuse_leaks((scan.subject, scan.split, str(scan.path)) for scan in found.scans)
-    return found.scans
-
-
 def explain_no_scans(raw: Path) -> str:
     return (
         f"{raw}: no scans ({', '.join(ENDINGS)}) in it that its layout knows; put healthy scans into "
         f"{raw / 'train' / 'normal'}, or give --raw another folder"
     )
-
-
-def refuse_leaks(subjects) -> None:
-    """Raise DataError if one subject stands in two splits; takes (subject, split, where) triples."""
-    seen = {}
-    for subject, split, where in subjects:
-        other_split, other = seen.setdefault(subject, (split, where))
-        if other_split != split:
-            raise DataError(
-                f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "
-                "all scans of a subject belong in one split, move or delete one side"
-            )
 
 
 def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
@@ -130,7 +102,7 @@ def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
 def _search_folder(folder: Path, layout: str | None, modality: str, besides: Path | None) -> Search:
     paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
-    if modality != "t1" and modality not in rules.modalities:
+    if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
     found, left_out = arrange(rules, paths, modality)
     scans = [
@@ -144,7 +116,7 @@ def _search_folder(folder: Path, layout: str | None, modality: str, besides: Pat
             brain_mask=folder / one.brain_mask if one.brain_mask else None,
             lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
             axes=one.axes,
-            doubted=one.doubted,
+            distrusted=one.distrusted,
         )
         for one in found
     ]
@@ -152,7 +124,7 @@ def _search_folder(folder: Path, layout: str | None, modality: str, besides: Pat
 
 
 def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
-    """The scan with what the tree says about it."""
+    """The scan with the split, label and masks that the tree gives it."""
     ids = (scan.name, CONTRAST.sub("", scan.name))
     brain, lesion = (
         next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")

@@ -1,90 +1,80 @@
 """Whatever lies in a folder, the good scans are done, the bad ones named in one line, and memory stays bounded."""
 
+import argparse
 import gzip
-import itertools
 import os
 import random
 import resource
 import shutil
 import struct
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from preprocessing.images import read_image
+from common.cli import DataError
+from preprocessing.images import parse_axes, read_image
 from preprocessing.preprocess_oasis import main as preprocess
-from preprocessing.scans import DataError
-from preprocessing.slices import list_scans, read_scan
-from preprocessing.volume import cut_stack, find_brain, read_mask, read_volume
-from tests.conftest import make_head
-
-ALL_AXES = [
-    "".join(sides) for order in itertools.permutations(("LR", "PA", "IS")) for sides in itertools.product(*order)
-]
+from preprocessing.store import list_scans
+from tests.conftest import ALL_AXES, make_head, store
 
 
-def save_reoriented(image, axes, path, kind=nib.Nifti1Image):
-    to = ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(axes))
-    values = apply_orientation(image.get_fdata(), to).astype(np.int16)
-    affine = None if kind is nib.AnalyzeImage else image.affine @ inv_ornt_aff(to, image.shape)
-    stored = kind(values, affine)
-    stored.header.set_zooms(np.array(image.header.get_zooms())[np.argsort(to[:, 0])])
-    nib.save(stored, path)
-    return path
-
-
-def cut(path, **reading):
-    volume = read_volume(path, **reading)
-    return cut_stack(volume, *find_brain(volume), 1.0, 32, 200.0)[0]
-
-
-@pytest.mark.parametrize("spacing", [(4.0, 4.0, 4.0), (4.0, 5.0, 6.0)])
-@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.AnalyzeImage])
-def test_all_48_orientations_give_the_same_slices(kind, spacing, tmp_path):
-    """NIfTI says them itself, Analyze with --axes."""
-    head = make_head(tuple(round(n * 4 / s) for n, s in zip((40, 48, 44), spacing, strict=True)), spacing)
-    ending = "img" if kind is nib.AnalyzeImage else "nii"
-    stacks = [
-        cut(save_reoriented(head, axes, tmp_path / f"{axes}.{ending}", kind), axes=axes if ending == "img" else None)
-        for axes in ALL_AXES
-    ]
-    assert len(stacks) == 48
-    for stack in stacks[1:]:
-        np.testing.assert_array_equal(stack, stacks[0])
-
-
-def save_oblique(head, path, codes=1):
-    angle = np.deg2rad(11)
-    tilt = np.eye(4)
-    tilt[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    image = nib.Nifti1Image(head.get_fdata(dtype=np.float32), tilt @ head.affine)
-    image.set_qform(image.affine, codes)
-    image.set_sform(image.affine, codes)
+def save_silent(path, tilt_degrees=11):
+    """A tilted scan whose header says nothing about its orientation."""
+    store(make_head(), "RAS", path, tilt_degrees=tilt_degrees)
+    image = nib.load(path)
+    image.set_qform(image.affine, 0)
+    image.set_sform(image.affine, 0)
     nib.save(image, path)
     return path
 
 
-def test_oblique_scans_are_trusted_and_silent_ones_refused(tmp_path):
-    straight = cut(save_reoriented(make_head(), "RAS", tmp_path / "a.nii"))
-    oblique = cut(save_oblique(make_head(), tmp_path / "b.nii.gz"))
-    np.testing.assert_allclose(straight.astype(float), oblique.astype(float), atol=2e-3)  # int16 against float32
-    silent = save_oblique(make_head(), tmp_path / "c.nii.gz", codes=0)
-    with pytest.raises(DataError, match=r"c\.nii\.gz.*does not tell its orientation.*--axes"):
-        read_volume(silent)
-    np.testing.assert_array_equal(cut(silent, axes="RAS"), oblique)
-    assert read_volume(silent, axes="PIR").axes == "PIR"
-    analyze = save_reoriented(make_head(), "RAS", tmp_path / "d.img", nib.AnalyzeImage)
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_axes_make_an_affine_for_a_header_that_is_silent(axes, tmp_path):
+    """Analyze says only how large voxels are; the scanner's centre is put into the volume's middle."""
+    head = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 2.0, 3.0, 1.0]))
+    affine = read_image(store(head, axes, tmp_path / "a.img", nib.AnalyzeImage), axes).affine
+    assert "".join(nib.aff2axcodes(affine)) == axes
+    stored = nib.load(tmp_path / "a.img")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(affine), stored.header.get_zooms())
+    np.testing.assert_allclose(affine @ [*(np.array(stored.shape) - 1) / 2, 1], [0, 0, 0, 1], atol=1e-9)
+
+
+def test_a_silent_header_is_refused_without_axes(tmp_path):
+    silent = save_silent(tmp_path / "c.nii.gz")
+    with pytest.raises(DataError, match=r"c\.nii\.gz.*does not give its orientation.*--axes"):
+        read_image(silent)
+    assert nib.aff2axcodes(read_image(silent, axes="PIR").affine) == ("P", "I", "R")
+    analyze = store(make_head(), "RAS", tmp_path / "d.img", nib.AnalyzeImage)
     with pytest.raises(DataError, match="--axes"):
-        read_volume(analyze)
+        read_image(analyze)
 
 
-def test_a_header_that_tells_is_trusted_over_axes(tmp_path):
-    path = save_reoriented(make_head(), "PSR", tmp_path / "a.nii")
-    assert read_volume(path, axes="RAS").axes == "PSR"
-    assert read_volume(path, axes="RAS", doubted="PSR").axes == "RAS"
+def test_spm_stores_the_orientation_beside_an_analyze_file(tmp_path):
+    image = make_head()
+    nib.save(nib.Spm2AnalyzeImage(image.get_fdata().astype(np.int16), image.affine), tmp_path / "scan.img")
+    np.testing.assert_allclose(read_image(tmp_path / "scan.img").affine, image.affine)
+
+
+def test_a_header_with_an_orientation_is_believed_over_axes_unless_distrusted(tmp_path):
+    path = store(make_head(), "PSR", tmp_path / "a.nii")
+    for options, axes in (
+        ({"axes": "RAS"}, "PSR"),
+        ({"axes": "RAS", "distrusted": "PSR"}, "RAS"),
+        ({"axes": "RAS", "distrusted": "LIA"}, "PSR"),
+    ):
+        assert "".join(nib.aff2axcodes(read_image(path, **options).affine)) == axes
+
+
+@pytest.mark.parametrize("text", ["ASL", "asl", "RAS"])
+def test_axes_are_three_letters(text):
+    assert parse_axes(text) == text.upper()
+
+
+@pytest.mark.parametrize("text", ["", "RA", "RASA", "RAL", "XAS", "RRS"])
+def test_other_axes_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="three axes"):
+        parse_axes(text)
 
 
 @pytest.mark.parametrize("ending", ["nii", "nii.gz"])
@@ -112,13 +102,65 @@ def test_reads_what_nibabel_reads(dtype, ending, tmp_path):
     np.testing.assert_array_equal(ours.affine, theirs.affine)
 
 
-def test_no_more_voxels_than_a_brain_has(tmp_path, monkeypatch):
-    nib.save(make_head(), tmp_path / "a.nii.gz")
-    monkeypatch.setattr("preprocessing.images.MOST_VOXELS", 40 * 48 * 44)
-    read_image(tmp_path / "a.nii.gz")
-    monkeypatch.setattr("preprocessing.images.MOST_VOXELS", 40 * 48 * 44 - 1)
-    with pytest.raises(DataError, match="too many for a brain"):
-        read_image(tmp_path / "a.nii.gz")
+def test_no_more_voxels_than_a_brain_has(tmp_path):
+    """512^3: at 0.5 mm 25 cm a side. No such file is written: the next check is of its size."""
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    for shape, words in (((512, 512, 512), "is truncated"), ((512, 512, 513), "too many for a brain")):
+        write_header(tmp_path / "a.nii", dim=(3, *shape, 1, 1, 1, 1))
+        with pytest.raises(DataError, match=words):
+            read_image(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(("size_mm", "fits"), [(0.05, True), (0.049, False), (20, True), (20.1, False)])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_voxels_have_a_size_that_a_brain_scan_can_have(size_mm, fits, axis, tmp_path):
+    sizes = [1.0, 1.0, 1.0]
+    sizes[axis] = size_mm
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.diag([*sizes, 1])), tmp_path / "a.nii")
+    if fits:
+        read_image(tmp_path / "a.nii")
+    else:
+        with pytest.raises(DataError, match=r"claims voxels of .*correct the header"):
+            read_image(tmp_path / "a.nii")
+
+
+def test_as_much_as_gzip_can_pack_is_read(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((128, 128, 128), np.int16), np.eye(4)), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content, 9))
+    assert len(content) > 1000 * (tmp_path / "a.nii.gz").stat().st_size
+    assert read_image(tmp_path / "a.nii.gz").values.shape == (128, 128, 128)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_a_little_may_follow_the_voxels_but_not_much(ending, tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    for extra, fits in ((65536, True), (65537, False)):
+        longer = content + b"x" * extra
+        (tmp_path / f"b.{ending}").write_bytes(gzip.compress(longer) if ending.endswith("gz") else longer)
+        if fits:
+            read_image(tmp_path / f"b.{ending}")
+        else:
+            with pytest.raises(DataError, match="where its header says"):
+                read_image(tmp_path / f"b.{ending}")
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"{name}: is empty \(0 bytes\); copy it again"):
+            read_image(tmp_path / name)
+
+
+def test_a_single_file_of_two_voxels_a_side_is_the_smallest(tmp_path):
+    for shape, fits in (((2, 2, 2), True), ((2, 2, 1), False), ((2, 2), False)):
+        nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), tmp_path / "a.nii")
+        if fits:
+            read_image(tmp_path / "a.nii")
+        else:
+            with pytest.raises(DataError, match="is not a volume"):
+                read_image(tmp_path / "a.nii")
 
 
 def test_gzip_of_several_members_and_padding_is_read(tmp_path):
@@ -157,6 +199,51 @@ BAD_HEADERS = {
     "offset beyond": {"vox_offset": 1e9},
     "offset before": {"vox_offset": -5000},
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("huge", "too many for a brain"),
+        ("large", "is truncated"),
+        ("smaller", "where its header says"),
+        ("flat", "is not a volume"),
+        ("voxels of nothing", "voxels of 0, 0, 0 mm"),
+        ("voxels of a metre", "voxels of 1000, 1000, 1000 mm"),
+        ("voxels of nan", "is singular"),
+        ("singular", "is singular"),
+        ("endless", "is singular"),
+        ("offset beyond", "is truncated"),
+    ],
+)
+def test_a_bad_header_is_called_what_it_is(kind, words, tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", **BAD_HEADERS[kind])
+    with pytest.raises(DataError, match=words):
+        read_image(tmp_path / "a.nii")
+
+
+def test_voxel_sizes_are_the_affines_where_the_header_has_one(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    write_header(tmp_path / "a.nii", pixdim=(1, 0, 0, 0, 0, 0, 0, 0), sform_code=1, qform_code=0)
+    np.testing.assert_array_equal(nib.affines.voxel_sizes(read_image(tmp_path / "a.nii").affine), [4, 4, 4])
+
+
+def test_voxels_missing_inside_a_whole_gzip_are_missed(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()[:-1]))
+    with pytest.raises(DataError, match=r"is truncated: 337919 of 337920 bytes; copy it again"):
+        read_image(tmp_path / "b.nii.gz")
+
+
+def test_gzip_goes_by_its_name(tmp_path):
+    nib.save(make_head(), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(content)
+    (tmp_path / "c.nii").write_bytes(gzip.compress(content))
+    for name, words in (("b.nii.gz", "is not gzip, against its name"), ("c.nii", "is gzip, against its name")):
+        with pytest.raises(DataError, match=words):
+            read_image(tmp_path / name)
 
 
 def make_bad_folder(folder):
@@ -223,81 +310,6 @@ def test_every_kind_of_bad_scan_is_named_and_the_good_ones_are_done(tmp_path, ca
     assert grown_mb < 200
 
 
-def make_masked(tmp_path):
-    folder = tmp_path / "raw/test"
-    head = make_head()
-    for place in ("abnormal", "masks"):
-        (folder / place).mkdir(parents=True)
-    brain = nib.Nifti1Image((head.get_fdata() > 0).astype(np.uint8), head.affine)
-    nib.save(head, folder / "abnormal/a_T1w.nii")
-    nib.save(brain, folder / "masks/a_brain.nii")
-    lesion = np.zeros(head.shape, np.uint8)
-    lesion[20:25, 20:25, 20:25] = 1
-    nib.save(nib.Nifti1Image(lesion, head.affine), folder / "masks/a_lesion.nii")
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["brain", "lesion"])
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda image: nib.Nifti1Image(np.zeros_like(image.get_fdata(), "u1"), image.affine), "is empty"),
-        (lambda image: nib.Nifti1Image(image.get_fdata()[1:].astype("u1"), image.affine), "do not fit"),
-        (lambda image: nib.Nifti1Image(image.get_fdata().astype("u1"), image.affine + 0.5), "do not fit"),
-    ],
-)
-def test_bad_masks_skip_their_scan(kind, spoil, words, tmp_path, capsys):
-    folder = make_masked(tmp_path)
-    path = folder / f"masks/a_{kind}.nii"
-    spoiled = spoil(nib.Nifti1Image.from_bytes(path.read_bytes()))
-    nib.save(spoiled, path)
-    with pytest.raises(DataError, match="not one of its 1 scans"):
-        preprocess(["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--workers", "1"])
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped"))
-    assert f"a_{kind}.nii" in line
-    assert words in line
-    assert read_scan(tmp_path / "out/test/abnormal/a_T1w") is None
-
-
-def test_masks_are_read_the_way_their_scan_is(tmp_path):
-    head = make_head()
-    path = save_reoriented(head, "ASL", tmp_path / "a.img", nib.AnalyzeImage)
-    mask = nib.Nifti1Image((head.get_fdata() > 600).astype(np.int16), head.affine)
-    mask_path = save_reoriented(mask, "ASL", tmp_path / "m.img", nib.AnalyzeImage)
-    inside = read_mask(mask_path, read_volume(path, "ASL"), "ASL")
-    np.testing.assert_array_equal(inside, head.get_fdata() > 600)
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "raw/train/normal").mkdir(parents=True)
-    nib.save(make_head(), tmp_path / "raw/train/normal/a.nii")
-    (tmp_path / "out").write_text("a file, where a folder should be")
-    with pytest.raises(DataError, match=r"cannot be written.*--processed"):
-        preprocess(["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--workers", "1"])
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
-    make_masked(tmp_path)
-    shutil.rmtree(tmp_path / "raw/test/masks")
-    nib.save(make_head(), tmp_path / "raw/test/abnormal/b_T1w.nii")
-    write, calls = Path.write_bytes, []
-
-    def fill_up(path, content):
-        calls.append(path)
-        if len(calls) > 40 and "b_T1w" in str(path):
-            raise OSError(28, "No space left on device")
-        write(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
-    command = ["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--size", "32", "--workers", "1"]
-    assert preprocess(command) == 3
-    assert "b_T1w: cannot be written ([Errno 28] No space left on device); free some space" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out/test/abnormal").iterdir()] == ["a_T1w"]
-    monkeypatch.undo()
-    assert preprocess(command) == 0
-    assert "1 done, 1 unchanged" in capsys.readouterr().out
-
-
 def mutate(content: bytes, rng: random.Random) -> bytes:
     """One of the ways in which a file goes wrong."""
     content = bytearray(content)
@@ -325,7 +337,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def test_360_mutated_files(tmp_path, capsys):
+def test_mutated_files(tmp_path, capsys):
     """No traceback, no good scan lost, no runaway memory."""
     head = make_head((16, 20, 18), (10.0, 10.0, 10.0))
     values = head.get_fdata().astype(np.int16)
@@ -337,7 +349,7 @@ def test_360_mutated_files(tmp_path, capsys):
     folder = tmp_path / "raw/train/normal"
     folder.mkdir(parents=True)
     rng = random.Random(0)
-    for i in range(60):
+    for i in range(15):
         for source, ending in (("a.nii", ".nii"), ("a.nii.gz", ".nii.gz"), ("a.mgz", ".mgz"), ("b.nii", ".nii")):
             name = f"{source.replace('.', '-')}-{i:03d}{ending}"
             (folder / name).write_bytes(mutate((tmp_path / source).read_bytes(), rng))
@@ -348,7 +360,7 @@ def test_360_mutated_files(tmp_path, capsys):
     good = [f"good{i}" for i in range(3)]
     for name in good:
         shutil.copy(tmp_path / "a.nii.gz", folder / f"{name}.nii.gz")
-    assert len([name for name in os.listdir(folder) if not name.endswith(".hdr")]) == 363
+    assert len([name for name in os.listdir(folder) if not name.endswith(".hdr")]) == 93
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     command = ["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--size", "16", "--workers", "1"]
     command += ["--axes", "RAS", "--fov-mm", "200"]
@@ -358,8 +370,8 @@ def test_360_mutated_files(tmp_path, capsys):
     assert "Traceback" not in captured.err
     skipped = [line for line in captured.err.splitlines() if line.startswith("skipped")]
     done = {scan.name: scan for scan in list_scans(tmp_path / "out")}
-    assert len(skipped) + len(done) == 363
-    assert len(skipped) > 150
+    assert len(skipped) + len(done) == 93
+    assert len(skipped) > 35
     for name in good:
         assert done[name].read_stack().shape[1:] == (16, 16)
     assert all(np.isfinite(scan.read_stack()).all() for scan in done.values())

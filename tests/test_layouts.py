@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from preprocessing.layouts import LAYOUTS, recognise
+from preprocessing.layouts import CONTRAST, LABEL, LAYOUTS, name_subject, recognise, strip_ending
 from preprocessing.preprocess_oasis import main as preprocess
-from preprocessing.scans import DataError, list_volumes, search
-from preprocessing.slices import list_scans
+from preprocessing.scans import search
+from preprocessing.store import list_scans
 from preprocessing.volume import read_volume
 from tests.conftest import make_head
 
@@ -205,8 +205,17 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The slices of the brain that all trees hold, from a file that is beyond doubt."""
+    folder = tmp_path_factory.mktemp("reference")
+    save(folder / "train/normal/reference.nii")
+    assert preprocess(["--raw", str(folder), "--processed", str(folder / "out"), "--size", "32", "--workers", "1"]) == 0
+    return next(list_scans(folder / "out")).read_stack()
+
+
 @pytest.mark.parametrize("layout", EXPECTED)
-def test_layout_is_recognised_and_its_slices_are_upright(layout, tmp_path, capsys):
+def test_layout_is_recognised_and_its_slices_are_upright(layout, reference, tmp_path, capsys):
     make, expected, left_out, masks = EXPECTED[layout]
     make(tmp_path / "raw")
     found = search(tmp_path / "raw")
@@ -222,20 +231,14 @@ def test_layout_is_recognised_and_its_slices_are_upright(layout, tmp_path, capsy
         for mask in filter(None, (scan.brain_mask, scan.lesion_mask)):
             assert mask.name.startswith(scan.subject)
 
-    save(tmp_path / "reference/train/normal/reference.nii")
     options = ["--size", "32", "--workers", "1"]
-    assert (
-        preprocess(["--raw", str(tmp_path / "reference"), "--processed", str(tmp_path / "reference/out"), *options])
-        == 0
-    )
-    (reference,) = list_scans(tmp_path / "reference/out")
     command = ["--raw", str(tmp_path / "raw"), "--processed", str(tmp_path / "out"), "--label", "abnormal", *options]
     assert preprocess(command) == 0
     assert LAYOUTS[layout].about in capsys.readouterr().out
     done = list(list_scans(tmp_path / "out"))
     assert len(done) == len(expected)
     for scan in done:
-        np.testing.assert_array_equal(scan.read_stack(), reference.read_stack())
+        np.testing.assert_array_equal(scan.read_stack(), reference)
         assert (scan.read_lesion() is not None) == (scan.name in {s.name for s in found.scans if s.lesion_mask})
 
 
@@ -265,29 +268,45 @@ def test_layout_can_be_overridden(tmp_path):
     assert search(tmp_path, "oasis1").scans == []
 
 
-def test_a_data_set_may_lie_in_the_split_tree(tmp_path):
-    make_oasis1(tmp_path / "train/normal")
-    found = search(tmp_path)
-    assert found.layout == "split/label tree of oasis1"
-    assert {(scan.split, scan.label) for scan in found.scans} == {("train", "normal")}
-    assert len(found.scans) == 3
-
-
-def test_links_in_circles_end(tmp_path):
-    save(tmp_path / "real/a.nii")
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/linked").symlink_to(tmp_path / "real")
-    (tmp_path / "real/up").symlink_to(tmp_path / "raw")
-    assert [path.name for path in list_volumes(tmp_path / "raw")] == ["a.nii"]
-
-
-def test_no_label_is_refused_with_both_ways_out(tmp_path):
-    make_ixi(tmp_path)
-    with pytest.raises(DataError, match=r"--clinical.*--label normal.*--label abnormal"):
-        preprocess(["--raw", str(tmp_path), "--processed", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
 def test_recognise_needs_no_disk():
     assert recognise(["x/IXI002-Guys-0828-T1.nii.gz", "x/a.nii"], "t1").name == "ixi"
     assert recognise([], "t1").name == "folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "subject", "session"),
+    [
+        ("OAS1_0001_MR1_mpr_n4_anon_111_t88_masked_gfc", "OAS1_0001", "MR1"),
+        ("OAS1_0001_MR2_mpr_n4_anon_111_t88_masked_gfc", "OAS1_0001", "MR2"),
+        ("sub-OAS30001_ses-d0757_run-01_T1w", "OAS30001", "d0757"),
+        ("sub-07_ses-a_T1w", "sub-07", "ses-a"),
+        ("IXI105-HH-1471_T1w", "IXI105", ""),
+        ("patient_T1w", "patient", ""),
+        ("patient7_visit2_FLAIR", "patient7", "visit2"),
+        ("patient7-scan-3", "patient7", "scan-3"),
+        ("visit2", "visit2", ""),
+    ],
+)
+def test_subject_and_session_from_a_name(name, subject, session):
+    assert name_subject(name) == (subject, session)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["seg", "a_dseg", "a/aseg", "x_seg35", "m_brainmask", "brain_mask", "T1mask", "a-label", "lesion", "aparc+aseg",
+     "ribbon", "x_probseg", "x_pve_1", "rois"],
+)  # fmt: skip
+def test_volumes_drawn_over_a_scan_are_told_by_their_name(name):
+    assert LABEL.search(name)
+
+
+@pytest.mark.parametrize("name", ["segment", "a_T1w", "masked_gfc", "brain", "unlabelled", "labels/a", "prose"])
+def test_scans_are_not(name):
+    assert not LABEL.search(name)
+
+
+def test_names_without_ending_and_contrast():
+    assert [strip_ending(f"x/a{ending}") for ending in (".nii.gz", ".nii", ".img", ".mgz", ".MGH")] == 5 * ["x/a"]
+    contrasts = ("T1w", "T2w", "FLAIR", "PDw", "T1", "t2", "PD")
+    assert [CONTRAST.sub("", f"a{sign}{contrast}") for contrast in contrasts for sign in "_-"] == 14 * ["a"]
+    assert CONTRAST.sub("", "aT1") == "aT1"

@@ -1,158 +1,23 @@
-"""What people look at: pictures show what is there, maps lie on their scans, the page agrees with the tables."""
+"""report.html says what the tables say, holds all that it shows, and works in a browser."""
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from PIL import Image
 
-import evaluation.figures as figures
-from evaluation.evaluate import main as evaluate
-from evaluation.examiner import Examined, OpenScan
-from evaluation.maps import list_regions, locate_stack, name_bids
-from evaluation.panels import LESION_COLOUR, NOT_SCORED, draw_montage, draw_panels, outline, overlay
-from evaluation.report import VIEWERS
-from preprocessing.slices import list_scans
-from preprocessing.volume import cut_stack, read_volume, restore_to_grid
-from tests.conftest import make_head
-
-
-@pytest.fixture
-def examined() -> Examined:
-    """Ten slices of a disc with a lesion, 6 x 4 pixels, in slices 4 and 5."""
-    y, x = np.mgrid[:64, :64] - 31.5
-    stack = np.repeat(np.where(x**2 + y**2 < 25**2, 0.6, 0)[None], 10, axis=0).astype(np.float16)
-    lesion = np.zeros(stack.shape, dtype=bool)
-    lesion[4:6, 40:46, 20:24] = True
-    anomaly = np.where(stack > 0, np.where(lesion, 8, 1), np.nan).astype(np.float32)
-    record = {"slices": list(range(50, 60)), "spacing_mm": [2.0, 2.0, 2.0], "pixel_mm": 2.0}
-    reconstruction = np.where(lesion, 0.3, stack).astype(np.float32)
-    return Examined(OpenScan("one", "abnormal", stack, lesion, record), reconstruction, {"score": anomaly})
-
-
-def find_colour(path, colour) -> np.ndarray:
-    return np.argwhere(np.abs(plt.imread(path)[..., :3] - to_rgb(colour)).max(axis=-1) < 0.02)
-
-
-def test_montage_outlines_the_lesion_in_its_slices(examined, tmp_path):
-    draw_montage(tmp_path / "montage.png", examined, "a title with $ and _", 4.0)
-    found = find_colour(tmp_path / "montage.png", LESION_COLOUR)
-    height, width = plt.imread(tmp_path / "montage.png").shape[:2]
-    # tiles stand in rows of eight, 10 of the picture's 11 inches wide: slices 4 and 5 are the fifth and the sixth
-    tiles = found[:, 1] / (width * 10 / 11 / 8)
-    assert set(tiles.astype(int)) == {4, 5}
-    assert (tiles % 1).mean() < 0.5, "the lesion lies left of the middle"
-    tile = (height - 0.4 * 110) / 2
-    assert (found[:, 0] - 0.4 * 110).mean() < tile / 2, "and in front, which is up"
-
-
-def test_panels_have_a_row_a_slice(examined, tmp_path):
-    draw_panels(tmp_path / "one.png", examined, [4], "title", 4.0)
-    draw_panels(tmp_path / "two.png", examined, [0, 4], "title", 4.0)
-    one, two = (plt.imread(tmp_path / f"{name}.png") for name in ("one", "two"))
-    assert two.shape[0] > 1.7 * one.shape[0]
-    assert one[..., :3].std() > 0.05
-    assert len(find_colour(tmp_path / "one.png", LESION_COLOUR)) > 20
-    draw_panels(tmp_path / "none.png", examined, [0], "title", 4.0)
-    assert len(find_colour(tmp_path / "none.png", LESION_COLOUR)) == 0
-
-
-def test_overlay_leaves_the_usual_alone_and_greys_what_was_not_scored():
-    slice_ = np.array([[0.0, 0.5, 0.5]])
-    drawn = overlay(slice_, np.array([[np.nan, 0.5, 10.0]]), top=10)
-    np.testing.assert_allclose(drawn[0, 0], NOT_SCORED)
-    np.testing.assert_allclose(drawn[0, 1], 0.5)
-    assert np.ptp(drawn[0, 2]) > 0.2, "the highest anomaly is coloured"
-    mask = np.zeros((1, 5, 5), dtype=bool)
-    mask[0, 2, 2] = True
-    assert outline(mask).sum() == 8
-
-
-def test_every_axis_is_labelled(monkeypatch, tmp_path, evaluation):
-    drawn = []
-    monkeypatch.setattr(figures, "write_figure", lambda path, figure: drawn.append((path, figure)))
-    rng = np.random.default_rng(0)
-    labels, scores = np.arange(30) % 2 == 0, rng.random(30)
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
-    figures.draw_curves(tmp_path, labels, {"one": scores}, {"one": (figure, figure)}, "scans")
-    rows = [{"label": "normal", "score": s, "mse": s, "age": 20 + i, "sex": "FM"[i % 2]} for i, s in enumerate(scores)]
-    figures.draw_histograms(tmp_path, rows, {"score": "score", "mse": "MSE"}, {"score": (0.5, "threshold")})
-    figures.draw_dice(tmp_path, np.linspace(10, 0, 50), np.linspace(0, 0.5, 50), 4.0, "2 lesions")
-    group = {"group": "1–3 ml", "recall": figure, "dice": figure, "lesions": 4, "scans": 3}
-    figures.draw_detectability(tmp_path, {"volume": [group], "kind": [group]})
-    figures.draw_calibration(tmp_path, {"scans": scores, "slices": scores}, 0.05)
-    figures.draw_ages(tmp_path, rows, (0.5, "threshold"))
-    assert len(drawn) == 6
-    for _, figure in drawn:
-        for axis in figure.axes:
-            assert axis.get_xlabel(), axis.get_title()
-            assert axis.get_ylabel(), axis.get_title()
-            assert axis.get_legend()
-        plt.close(figure)
-
-
-def reorient(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
-    ornt = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(axes)))
-    return image.as_reoriented(ornt)
-
-
-@pytest.mark.parametrize("axes", ["RAS", "PSR", "LPI"])
-def test_stack_knows_where_it_lies(axes, tmp_path):
-    nib.save(reorient(make_head(), axes), tmp_path / "head.nii.gz")
-    volume = read_volume(tmp_path / "head.nii.gz")
-    stack, record = cut_stack(volume, volume.values > 0, True, 0.7, 64, 200.0)
-    affine = locate_stack(record)
-    grid = np.indices(stack.shape[::-1]).reshape(3, -1)  # right, anterior, superior
-    places = nib.affines.apply_affine(affine, grid.T).T.reshape(3, *stack.shape[::-1])
-    for axis in range(3):
-        there = places[axis].transpose(2, 1, 0)  # as the stack: (superior, anterior, right)
-        native = restore_to_grid(np.where(stack > 0, there, np.nan), record)
-        inside = np.argwhere(np.isfinite(native))
-        wanted = nib.affines.apply_affine(volume.affine, inside)[:, axis]
-        assert np.abs(np.median(native[tuple(inside.T)] - wanted)) < 0.05
-        assert np.abs(native[tuple(inside.T)] - wanted).max() < 3, "the rim takes its neighbours' values"
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LIP"])
-def test_regions_name_the_subjects_side(axes):
-    values = np.ones((20, 20, 20), dtype=np.float32)
-    values[2:5, 8:11, 8:11], values[9:11, 3:5, 9:11] = 9, 9
-    image = reorient(nib.Nifti1Image(values, np.diag([4.0, 4.0, 4.0, 1.0])), axes)
-    regions = list_regions(image.get_fdata(), image.affine, 5.0, 0.0)
-    assert [region["side"] for region in regions] == ["left", "middle"]
-
-
-def test_bids_names_are_valid_and_unlike():
-    names = name_bids([("sub-01", "ses-1"), ("a_b", ""), ("c", ""), ("a-b", None)])
-    assert names[0] == "sub-01/ses-1/anat/sub-01_ses-1"
-    assert names[1:] == ["sub-ab/anat/sub-ab_run-1", "sub-c/anat/sub-c", "sub-ab/anat/sub-ab_run-2"]
-
-
-def test_bids_derivative(evaluation, processed):
-    out, _ = evaluation
-    description = json.loads((out / "bids/dataset_description.json").read_text())
-    assert description["DatasetType"] == "derivative"
-    assert description["GeneratedBy"][0]["Name"]
-    threshold = json.loads((out / "metrics.json").read_text())["calibration"]["voxel_threshold"]
-    maps = sorted((out / "bids").rglob("*_desc-anomaly_statmap.nii.gz"))
-    assert len(maps) == len(list(list_scans(processed / "test")))
-    for path in maps:
-        assert re.fullmatch(r"sub-[0-9a-zA-Z]+(_run-\d)?_desc-anomaly_statmap\.nii\.gz", path.name)
-        sidecar = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
-        source = nib.load(sidecar["Sources"][0])
-        image = nib.load(path)
-        mask = nib.load(path.with_name(path.name.replace("statmap", "mask")))
-        for one in (image, mask):
-            assert one.shape == source.shape
-            np.testing.assert_allclose(one.get_sform(), source.affine, atol=1e-4)
-            np.testing.assert_allclose(one.get_qform(), source.affine, atol=1e-4)
-        np.testing.assert_array_equal(mask.get_fdata() > 0, np.nan_to_num(image.get_fdata()) >= threshold)
+from evaluation.report import make_viewer, write_report
+from evaluation.results import Results
+from tests.predictions import make_prediction
+from tests.test_table import make_metrics
 
 
 class Page(HTMLParser):
@@ -160,34 +25,243 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.images, self.links, self.outside, self.rows, self.cells, self.scripts = [], [], [], [], [], {}
+        self.images, self.links, self.outside, self.buttons, self.heads = [], [], [], [], []
+        self.rows, self.cells, self.scripts, self.words = [], [], {}, []
         self.script = None
         self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    @property
+    def shown(self) -> list[str]:
+        """The words of the table of scans, as they are seen."""
+        start = max(i for i, word in enumerate(self.words) if word.strip() == "largest, ml")
+        return [word.strip() for word in self.words[start + 1 :] if word.strip()]
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.outside += [
             v for k, v in attributes if k in ("src", "href", "srcdoc") and v and re.match(r"(https?:)?//", v)
         ]
+        self.head = None
         if tag == "img":
             self.images.append(given)
         elif tag == "a":
             self.links.append(given["href"])
+        elif tag == "th" and given.get("scope") == "col":
+            self.heads.append(given)
+        elif tag == "button":
+            self.buttons.append(given)
         elif tag == "tbody" and "data-find" in given:
             self.rows.append(given)
             self.cells.append([])
         elif "data-value" in given:
             self.cells[-1].append(given["data-value"])
-        elif tag == "script":
-            self.script = given.get("id")
+        self.script = given.get("id", "") if tag == "script" else None
 
     def handle_data(self, data):
-        if self.script:
+        if self.script is None:
+            self.words.append(data)
+            if self.heads and "text" not in self.heads[-1]:
+                self.heads[-1]["text"] = data
+        elif self.script:
             self.scripts[self.script] = data
 
     def handle_endtag(self, tag):
         if tag == "script":
             self.script = None
+
+
+def make_content(**changes) -> dict:
+    content = make_metrics(0.2) | {"run": "runs/dae", "data": "Dataset/test", "settings": {"false_positive_rate": 0.05}}
+    rate = {"flagged": 1, "scans": 4, "low": 0.01, "high": 0.81}
+    metric = {"value": 0.4, "low": 0.3, "high": 0.5}
+    content["flagged"] = {"normal": rate, "abnormal": rate | {"flagged": 3}, "normal_by_sex": {"F": rate}}
+    content["detectability"] = {"volume": [{"group": "1–3 ml", "lesions": 5, "recall": metric, "dice": metric}]}
+    return content | changes
+
+
+def make_row(scan: str, score: float, label: str = "normal", **more) -> dict:
+    row = {"label": label, "scan": scan, "subject": f"sub-{scan}", "score": score, "p_value": 0.5, "flagged": False}
+    return row | {"age": None, "sex": None} | more
+
+
+def make_region(scan: str, volume_ml: float, label: str = "normal") -> dict:
+    place = {"x_mm": 11.4, "y_mm": -22.0, "z_mm": 33.0, "side": "right", "peak": 9.5, "mean": 4.5}
+    return {"label": label, "scan": scan, "volume_ml": volume_ml} | place
+
+
+def write_picture(path, colour: tuple[int, int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 10), colour).save(path)
+
+
+def read_colour(source: str) -> np.ndarray:
+    picture = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+    return np.asarray(picture.convert("RGB"))[5, 10].astype(int)
+
+
+def make_page(out, scans: list[dict], regions: list[dict] = (), viewers: dict | None = None, **changes) -> "Page":
+    """The page of some scans whose slices 7, 8 and 9 score 1, 3 and 2."""
+    slices = [
+        {"label": row["label"], "scan": row["scan"], "slice": index, "score": score}
+        for row in scans
+        for index, score in ((7, 1), (8, 3), (9, 2))
+    ]
+    write_picture(out / "dice.png", (0, 0, 250))
+    results = Results({})
+    results.scans, results.slices, results.regions = scans, slices, list(regions)
+    write_report(out, make_content(**changes), results, {"dice.png": "Dice & more"}, viewers or {})
+    return Page((out / "report.html").read_text())
+
+
+def test_rows_stand_by_falling_score(tmp_path):
+    scans = [
+        make_row("a", 1.0),
+        make_row("b", 3.456789012, "abnormal", p_value=0.012345678, flagged=True),
+        make_row("c", 2),
+    ]
+    page = make_page(tmp_path, scans, [make_region("c", 0.5), make_region("c", 0.25), make_region("b", 9.0)])
+    assert page.cells == [
+        ["b", "abnormal", "3.45679", "0.0123457", "1", "8", "0", "0"],
+        ["c", "normal", "2", "0.5", "0", "8", "2", "0.5"],
+        ["a", "normal", "1", "0.5", "0", "8", "0", "0"],
+    ], "the region of a normal scan b is none of the abnormal one's"
+    assert [(row["data-find"], row["data-label"], row["data-flagged"]) for row in page.rows] == [
+        ("b sub-b", "abnormal", "1"),
+        ("c sub-c", "normal", "0"),
+        ("a sub-a", "normal", "0"),
+    ]
+    assert page.shown[:5] == ["b", "abnormal", "3.46", "0.012", "yes"]
+    heads = [head["text"] for head in page.heads if "data-first" in head]
+    assert heads == ["scan", "label", "score", "p", "flagged", "worst slice", "regions", "largest, ml"]
+    assert [head["text"] for head in page.heads if head.get("aria-sort")] == ["score"]
+
+
+def test_age_and_sex_have_columns_where_somebodys_is_known(tmp_path):
+    page = make_page(tmp_path, [make_row("a", 2, age=61.5), make_row("b", 1)])
+    assert [head["text"] for head in page.heads if "data-first" in head][-1] == "age"
+    assert [cells[-1] for cells in page.cells] == ["61.5", ""]
+    page = make_page(tmp_path, [make_row("a", 2, age=61.5, sex="F"), make_row("b", 1, sex="M")])
+    assert [cells[-2:] for cells in page.cells] == [["61.5", "F"], ["", "M"]]
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    evil = '<script>alert(1)</script>"&'
+    page = make_page(
+        tmp_path,
+        [make_row(evil, 2, subject=evil), make_row("b", 1)],
+        viewers={("normal", evil): "</script><script>alert(2)"},
+        data=evil,
+        run=f"runs/{evil}",
+    )
+    assert page.cells[0][0] == evil
+    assert page.rows[0]["data-find"] == f"{evil} {evil}"
+    assert "alert" not in "".join(text for name, text in page.scripts.items() if not name)
+    assert json.loads(page.scripts["viewer-0"]) == "</script><script>alert(2)"
+    assert len(page.scripts) == 1
+    assert not re.search(r"<script>\s*alert", (tmp_path / "report.html").read_text())
+
+
+def test_the_results_are_those_of_the_metrics(tmp_path):
+    text = make_page(tmp_path, [make_row("a", 1)]).text
+    for words in (
+        "Evaluation of dae",
+        "3 normal and 2 abnormal scans with 7 lesions, 40 slices, 4 subjects",
+        "Data: Dataset/test. Run: runs/dae.",
+        "anomaly map of the model 0.200 (0.100–0.300) 0.700 (0.600–0.800) 0.600 (0.500–0.700)",
+        "z-score of intensity 0.240 (0.140–0.340)",
+        "normal scans 1 of 4: 0.25 (0.01–0.81)",
+        "abnormal scans 3 of 4: 0.75 (0.01–0.81)",
+        "normal scans, sex F 1 of 4",
+        "1–3 ml 5 0.400 (0.300–0.500)",
+        "Not a medical device",
+        "Nose up, the subject's left on the left",
+    ):
+        assert words in text, words
+    figures = {name: {} for name in make_metrics(0.2)["figures"]}
+    text = make_page(tmp_path, [make_row("a", 1)], figures=figures, detectability={}).text
+    assert "anomaly map of the model" not in text
+    assert "lesions by" not in text
+
+
+def test_pictures_are_held_by_the_page(tmp_path):
+    write_picture(tmp_path / "error_maps/normal/a_slice_008.png", (250, 0, 0))
+    write_picture(tmp_path / "error_maps/normal/a_slice_009.png", (250, 250, 250))
+    write_picture(tmp_path / "montages/normal/a.png", (0, 250, 0))
+    page = make_page(tmp_path, [make_row("a", 1), make_row("b", 0)])
+    assert [image["alt"] for image in page.images] == [
+        "a (normal), its worst slice 8: slice, reconstruction, signed residual and anomaly map",
+        "a (normal), anomaly map over all slices",
+        "Dice & more",
+    ]
+    assert [image.get("class") or "" for image in page.images] == ["worst", "", ""]
+    for image, channel in zip(page.images, (0, 1, 2), strict=True):
+        assert image["src"].startswith("data:image/webp;base64,")
+        colour = read_colour(image["src"])
+        assert colour[channel] > 200 > 50 > np.delete(colour, channel).max()
+    assert not page.outside
+
+
+def test_scans_beyond_the_sixtieth_have_links_instead_of_pictures(tmp_path):
+    scans = [make_row(f"s {i}", 100 - i) for i in range(61)]
+    for row in scans[59:]:
+        write_picture(tmp_path / f"montages/normal/{row['scan']}.png", (1, 2, 3))
+    page = make_page(tmp_path, scans)
+    assert [image["alt"] for image in page.images] == ["s 59 (normal), anomaly map over all slices", "Dice & more"]
+    assert "montages/normal/s%2060.png" in page.links
+
+
+def test_eight_regions_are_listed(tmp_path):
+    regions = [make_region("a", 20.0 - i) for i in range(10)]
+    text = make_page(tmp_path, [make_row("a", 1)], regions).text
+    assert "20.00 ml right 11, -22, 33 9.5 4.5" in text
+    assert "13.00 ml" in text
+    assert "12.00 ml" not in text
+    assert "and 2 smaller ones, in regions.csv" in text
+    assert "smaller ones" not in make_page(tmp_path, [make_row("a", 1)], regions[:8]).text
+
+
+def test_a_viewer_belongs_to_its_scan(tmp_path):
+    scans = [make_row("a", 1), make_row("b", 3), make_row("c", 2)]
+    page = make_page(tmp_path, scans, viewers={("normal", "c"): "<p>c's page</p>"})
+    assert list(page.scripts) == ["viewer-1"]
+    assert json.loads(page.scripts["viewer-1"]) == "<p>c's page</p>"
+    (button,) = [button for button in page.buttons if "data-viewer" in button]
+    assert button["data-viewer"] == "viewer-1"
+    assert button["data-title"].startswith("c: ")
+
+
+def test_a_viewer_shows_the_map_over_the_scan_from_its_highest_place_on(monkeypatch):
+    shown = {}
+
+    def view(anomaly, **options):
+        shown.update(options, anomaly=anomaly)
+        return SimpleNamespace(
+            get_standalone=lambda: '<link href="https://icon"><p id="a-0123456789abcdef0123456789abcdef">'
+        )
+
+    monkeypatch.setattr("nilearn.plotting.view_img", view)
+    made = make_prediction()
+    made.maps["score"][7, 30, 40] = 9.0
+    assert make_viewer(made) == '<p id="a-1">', "nothing from the network, no random names"
+    place = nib.affines.apply_affine(made.scan.geometry.stack_affine, [40, 30, 7])
+    assert shown["cut_coords"] == pytest.approx(list(place))
+    assert (shown["threshold"], shown["vmin"], shown["vmax"]) == (2.0, 0, 8.0)
+    assert (shown["cmap"], shown["symmetric_cmap"], shown["black_bg"], shown["title"]) == (
+        "inferno",
+        False,
+        True,
+        "one",
+    )
+    for image, stack in ((shown["anomaly"], made.maps["score"]), (shown["bg_img"], made.scan.stack)):
+        np.testing.assert_array_equal(image.get_fdata().transpose(2, 1, 0), np.nan_to_num(stack))
+        np.testing.assert_allclose(image.affine, made.scan.geometry.stack_affine)
+
+
+def test_files_beside_the_page_are_listed_where_they_are(tmp_path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "scores.csv").write_text("")
+    assert make_page(tmp_path, [make_row("a", 1)]).links == ["scores.csv", "metrics.json", "maps"]
 
 
 def test_page_agrees_with_the_tables(evaluation):
@@ -200,46 +274,17 @@ def test_page_agrees_with_the_tables(evaluation):
         worst[key] = max(worst.get(key, (0, "")), (float(row["score"]), row["slice"]))
     assert len(page.rows) == len(scans)
     for cells, row in zip(page.cells, scans, strict=True):
-        wanted = [row["scan"], row["label"], row["score"], row["p_value"]]
-        assert cells[:4] == wanted
+        assert cells[:4] == [row["scan"], row["label"], row["score"], row["p_value"]]
         assert cells[5] == worst[row["label"], row["scan"]][1]
     assert not page.outside, "the page asks for nothing outside itself"
     for link in page.links:
         assert (out / link).exists(), link
-    assert all(image["alt"] and image["src"].startswith("data:image/webp;base64,") for image in page.images)
-    assert len(page.scripts) == min(VIEWERS, len(scans))
+    assert len(page.scripts) == 4, "a viewer for each of the four worst scans"
     for text in page.scripts.values():
         viewer = json.loads(text)
         assert not Page(viewer).outside
         assert "brainsprite" in viewer
     assert (out / "report.html").stat().st_size < 30e6
-
-
-def test_ages_are_shown_and_names_cannot_break_the_page(evaluation, processed, tmp_path):
-    _, command = evaluation
-    folder = tmp_path / "test/normal/<script>alert(1)<"
-    shutil.copytree(next((processed / "test/normal").iterdir()), folder)
-    record = json.loads((folder / "scan.json").read_text())
-    (folder / "scan.json").write_text(json.dumps(record | {"age": 61.5, "sex": "F"}))
-    command = [*command, "--data", str(tmp_path / "test"), "--out", str(tmp_path / "out"), "--panels", "worst"]
-    assert evaluate(command) == 0
-    text = (tmp_path / "out/report.html").read_text()
-    assert "<script>alert" not in text
-    assert Page(text).cells[0][0] == "<script>alert(1)<"
-    assert Page(text).cells[0][-2:] == ["61.5", "F"]
-    flagged = json.loads((tmp_path / "out/metrics.json").read_text())["flagged"]
-    assert list(flagged["normal_by_sex"]) == ["F"]
-    assert list(flagged["normal_by_age"]) == ["60 to 74"]
-    assert plt.imread(tmp_path / "out/age.png")[..., :3].std() > 0.05
-
-
-def test_evaluating_again_gives_the_same_bytes(evaluation):
-    out, command = evaluation
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    (out / "metrics.json").unlink()  # as an interrupted evaluation leaves it
-    assert evaluate(command) == 0
-    for path, content in before.items():
-        assert path.read_bytes() == content, path
 
 
 @pytest.fixture(scope="module")

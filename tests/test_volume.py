@@ -1,78 +1,174 @@
-"""A scan goes to its slices the right way up, and a map goes back to where it came from."""
-
-import itertools
+"""A file becomes a volume the right way up, and the brain in it is found."""
 
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
-from preprocessing.scans import DataError
-from preprocessing.volume import (
-    BRAIN_FLOOR,
-    cut_mask,
-    cut_stack,
-    fill_holes,
-    find_brain,
-    keep_middle,
-    read_mask,
-    read_volume,
-    resampling_weights,
-    restore_to_grid,
-)
-from tests.conftest import make_head
+from common.cli import DataError
+from preprocessing.volume import Volume, fill_holes, find_brain, read_mask, read_volume
+from tests.conftest import ALL_AXES, make_head, store
 
-ALL_AXES = [
-    "".join(sides) for order in itertools.permutations(("LR", "PA", "IS")) for sides in itertools.product(*order)
-]
+SMALL = np.arange(24, dtype=np.int16).reshape(2, 3, 4)  # left-right, posterior-anterior, inferior-superior
 
 
-def store(image: nib.Nifti1Image, axes: str, path, oblique_degrees: float = 0.0):
-    """Save the same brain with other storage axes, and tilted in scanner space."""
-    to = ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(axes))
-    affine = image.affine @ inv_ornt_aff(to, image.shape)
-    angle = np.deg2rad(oblique_degrees)
-    tilt = np.eye(4)
-    tilt[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    nib.save(nib.Nifti1Image(apply_orientation(image.get_fdata(dtype=np.float32), to), tilt @ affine), path)
-    return path
+def save_small(path, axes="RAS", values=SMALL):
+    return store(nib.Nifti1Image(values, np.diag([1.5, 2.5, 3.5, 1.0])), axes, path)
 
 
-def cut(path, keep=0.7, size=32):
-    volume = read_volume(path)
-    brain, skull_off = find_brain(volume)
-    return cut_stack(volume, brain, skull_off, keep, size, 200.0)
+def make_volume(values, spacing_mm=(10.0, 10.0, 10.0)):
+    """A volume in memory; its voxels are 1 ml unless said otherwise."""
+    return Volume(np.asarray(values), np.diag([*spacing_mm, 1.0]), "RAS", np.shape(values), spacing_mm)
 
 
-def test_all_48_orientations_give_the_same_slices(tmp_path):
-    stacks = [cut(store(make_head(), axes, tmp_path / f"{axes}.nii"))[0] for axes in ALL_AXES]
-    assert len(stacks) == 48
-    for stack in stacks[1:]:
-        np.testing.assert_array_equal(stack, stacks[0])
+def make_block(shape, *blocks):
+    """Zeros with these blocks ((starts, stops), value) in them, float32."""
+    values = np.zeros(shape, np.float32)
+    for start, stop, value in blocks:
+        values[tuple(slice(*ends) for ends in zip(start, stop, strict=True))] = value
+    return values
 
 
-def test_slices_are_upright_and_not_mirrored(tmp_path):
-    image = make_head()
-    values = image.get_fdata(dtype=np.float32).copy()
-    values[30:33, 36:39, 20:24] = 3000  # right, anterior
-    path = store(nib.Nifti1Image(values, image.affine), "PSR", tmp_path / "scan.nii.gz")
-    stack, record = cut(path)
-    assert record["axes"] == "PSR"
-    _, row, column = np.unravel_index(stack.argmax(), stack.shape)
-    assert row > 16, "anterior is up: the first axis runs posterior to anterior"
-    assert column > 16, "right is right: the second axis runs left to right"
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_every_stored_orientation_reads_as_ras(axes, tmp_path):
+    volume = read_volume(save_small(tmp_path / "a.nii", axes))
+    np.testing.assert_array_equal(volume.values, SMALL)
+    assert volume.spacing_mm == (1.5, 2.5, 3.5), "in canonical order, not in the file's"
+    assert volume.axes == axes
+    stored = nib.load(tmp_path / "a.nii")
+    assert volume.shape == stored.shape
+    np.testing.assert_array_equal(volume.affine, stored.affine)
+    assert volume.missing is None
 
 
-@pytest.mark.parametrize(("spacing", "shape"), [((2.0, 2.0, 2.0), (80, 96, 88)), ((2.0, 3.0, 4.0), (80, 64, 44))])
-def test_voxel_size_hardly_changes_the_slices(tmp_path, spacing, shape):
-    coarse = cut(store(make_head(), "RAS", tmp_path / "a.nii"), keep=1.0)[0]
-    other, record = cut(store(make_head(shape, spacing), "LPI", tmp_path / "b.nii"), keep=1.0)
-    a, b = coarse[len(coarse) // 2].astype(float), other[len(other) // 2].astype(float)
-    both = (a > 0) & (b > 0)
-    assert record["spacing_mm"] == list(spacing)
-    assert both.sum() > 0.9 * max((a > 0).sum(), (b > 0).sum())
-    assert np.abs(a - b)[both].mean() < 0.02
+def test_voxels_that_are_no_number_become_zero_and_are_listed(tmp_path):
+    values = SMALL.astype(np.float32)
+    values[1, 2, 3], values[0, 1, 2], values[1, 0, 0] = np.nan, np.inf, -np.inf
+    volume = read_volume(save_small(tmp_path / "a.nii", "LPI", values))
+    np.testing.assert_array_equal(volume.missing, ~np.isfinite(values))
+    np.testing.assert_array_equal(volume.values, np.where(np.isfinite(values), values, 0))
+    nothing = save_small(tmp_path / "b.nii", "RAS", np.full_like(values, np.nan))
+    with pytest.raises(DataError, match=r"b\.nii: holds no finite value"):
+        read_volume(nothing)
+
+
+def test_a_trailing_axis_of_one_is_dropped(tmp_path):
+    nib.save(nib.Nifti1Image(SMALL[..., None], np.eye(4)), tmp_path / "a.nii")
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").values, SMALL)
+
+
+def test_a_mask_is_what_lies_above_zero_the_way_its_scan_lies(tmp_path):
+    volume = read_volume(save_small(tmp_path / "a.nii", "PSR"))
+    values = np.where(SMALL % 3 == 0, 0.5, np.where(SMALL % 3 == 1, 0, -1)).astype(np.float32)
+    mask = read_mask(save_small(tmp_path / "m.nii", "PSR", values), volume)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, SMALL % 3 == 0)
+
+
+def test_an_analyze_mask_is_read_with_the_axes_of_its_scan(tmp_path):
+    head = make_head()
+    path = store(head, "ASL", tmp_path / "a.img", nib.AnalyzeImage)
+    mask = nib.Nifti1Image((head.get_fdata() > 600).astype(np.int16), head.affine)
+    mask_path = store(mask, "ASL", tmp_path / "m.img", nib.AnalyzeImage)
+    np.testing.assert_array_equal(read_mask(mask_path, read_volume(path, "ASL"), "ASL"), head.get_fdata() > 600)
+
+
+def test_a_mask_that_does_not_fit_is_refused(tmp_path):
+    volume = read_volume(save_small(tmp_path / "a.nii"))
+    for name, shift_mm, values in (("moved", 0.02, SMALL), ("cut", 0, SMALL[:, :, 1:])):
+        affine = volume.affine.copy()
+        affine[2, 3] += shift_mm
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / f"{name}.nii")
+        with pytest.raises(DataError, match=rf"{name}\.nii.*do not fit.*resample"):
+            read_mask(tmp_path / f"{name}.nii", volume)
+    affine = volume.affine.copy()
+    affine[2, 3] += 0.005  # less than rounding in a header
+    nib.save(nib.Nifti1Image(SMALL, affine), tmp_path / "rounded.nii")
+    assert read_mask(tmp_path / "rounded.nii", volume).sum() == 23
+    with pytest.raises(DataError, match=r"e\.nii: is empty"):
+        read_mask(save_small(tmp_path / "e.nii", values=np.zeros_like(SMALL)), volume)
+
+
+@pytest.mark.parametrize("background", [0, -7])
+def test_a_stripped_scan_is_all_that_is_not_its_background(background):
+    values = make_block((14, 14, 14), ((2, 2, 2), (12, 12, 12), 5), ((2, 5, 5), (4, 8, 8), -9))
+    values = np.where(values == 0, background, values)
+    values[3, 3, 3] = background  # a hole inside the brain is brain
+    brain, skull_off = find_brain(make_volume(values))
+    assert skull_off
+    np.testing.assert_array_equal(brain, make_block((14, 14, 14), ((2, 2, 2), (12, 12, 12), 1)) > 0)
+
+
+def test_no_brain_is_larger_than_2200_ml():
+    """Voxels of 1 ml, so that voxels are counted."""
+    values = np.zeros((20, 20, 20), np.float32)
+    flat = values[1:-1, 1:-1, 1:-1]
+    for count, skull_off in ((2199, True), (2200, False)):
+        flat[:] = (np.arange(flat.size) < count).reshape(flat.shape)
+        assert find_brain(make_volume(values))[1] is skull_off
+    assert find_brain(make_volume(values, (10.0, 10.0, 9.0)))[1], "it is counted in ml"
+
+
+def test_the_background_is_looked_for_at_the_four_sides_but_not_above_and_below():
+    values = make_block((20, 20, 6), ((1, 1, 0), (19, 19, 6), 5))  # cut off through the neck and at the vertex
+    brain, skull_off = find_brain(make_volume(values))
+    assert skull_off
+    np.testing.assert_array_equal(brain, values > 0)
+    leaning = make_block((6, 20, 20), ((0, 1, 0), (5, 19, 20), 5), ((5, 0, 0), (6, 1, 1), -9))  # touches the left
+    brain, skull_off = find_brain(make_volume(leaning))
+    assert skull_off
+    assert not brain[5, 1:].any()
+    tall = make_block((20, 20, 60), ((1, 0, 0), (19, 20, 60), 5))  # touches front and back
+    assert not find_brain(make_volume(tall))[0][0].any()
+
+
+def test_an_empty_scan_has_no_brain():
+    brain, _ = find_brain(make_volume(np.full((5, 5, 5), 3)))
+    assert not brain.any()
+
+
+HEAD = ((10, 10, 10), (40, 40, 40))  # a cube of 27 l that stands for a head
+
+
+def find_head(*blocks, shape=(52, 52, 52)):
+    values = make_block(shape, *blocks)
+    values[::2] += 1  # air is never constant in a head with its skull on
+    found, skull_off = find_brain(make_volume(values))
+    assert not skull_off
+    return found
+
+
+def test_a_head_is_what_lies_above_half_of_otsus_threshold():
+    values = make_block((100, 52, 52), ((10, 10, 10), (90, 40, 40), 1))
+    values *= 3.0 * np.arange(-9, 91)[:, None, None]  # brighter from left to right
+    values[::2] += 0.5
+    found = find_brain(make_volume(values))[0][:, 25, 25]
+    np.testing.assert_array_equal(found, values[:, 25, 25] > threshold_otsu(values) / 2)
+
+
+def test_in_a_head_specks_go_slits_close_and_cavities_are_filled():
+    """Opened by 2 voxels and closed by 3, over faces: rods 3 wide go, 5 wide stay; slits 6 wide close, 8 wide not."""
+    rods = [((2, 2, 10), (5, 5, 40), 100), ((45, 45, 10), (50, 50, 40), 100)]
+    slits = [((10, 10, 17), (40, 30, 23), 0), ((10, 10, 28), (40, 30, 36), 0)]
+    found = find_head((*HEAD, 100), *rods, *slits)
+    assert not found[3, 3, 25]
+    assert found[47, 47, 25]
+    assert found[25, 20, 17:23].all()
+    assert not found[25, 20, 32]
+    cavity = find_head((*HEAD, 100), ((18, 18, 18), (30, 30, 30), 0))
+    assert cavity[24, 24, 24]
+
+
+def test_a_head_is_found_as_it_is():
+    rng = np.random.default_rng(0)
+    grid = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * 4.0 for n in (60, 70, 60)], indexing="ij")
+    head = (grid[0] / 80) ** 2 + (grid[1] / 100) ** 2 + (grid[2] / 110) ** 2 < 1
+    values = np.where(head, 400, 0) + np.abs(rng.normal(0, 15, head.shape))
+    found, skull_off = find_brain(make_volume(values, (4.0, 4.0, 4.0)))
+    assert not skull_off
+    assert (found == head).mean() > 0.98
 
 
 def test_holes_are_filled_as_in_scipy():
@@ -83,113 +179,15 @@ def test_holes_are_filled_as_in_scipy():
     assert not fill_holes(np.zeros((3, 3, 3), bool)).any()
 
 
-def test_middle_seventy_percent():
-    holds = np.zeros(60, dtype=bool)
-    holds[10:31] = True  # 21 slices, 10 to 30: 14.7, so 15 are kept, 3 left out on each side
-    assert keep_middle(holds, 0.7).tolist() == list(range(13, 28))
-    assert keep_middle(np.ones(10, dtype=bool), 0.7).tolist() == list(range(1, 8))
-    assert keep_middle(np.ones(1, dtype=bool), 0.7).tolist() == [0]
-    holds[20] = False  # a gap does not end the brain
-    assert keep_middle(holds, 1.0).tolist() == list(range(10, 31))
+def test_axes_and_distrusted_axes_are_handed_on(tmp_path):
+    path = save_small(tmp_path / "a.nii", "PSR")
+    assert read_volume(path, axes="RAS", distrusted="PSR").axes == "RAS"
+    assert read_mask(path, read_volume(path, "LPI", "PSR"), "LPI", "PSR").sum() == 23
 
 
-def test_range_and_brain_convention(processed):
-    for path in sorted(processed.glob("*/*/*/slice_*.npy")):
-        if path.parents[1].name == "masks":
-            continue
-        values = np.load(path)
-        assert values.dtype == np.float16
-        assert values.shape == (32, 32)
-        assert values.min() == 0
-        assert values.max() <= 1
-        assert (values[values > 0] >= np.float16(BRAIN_FLOOR)).all()
-
-
-def test_resampling_weights_keep_a_straight_line():
-    weights = resampling_weights(50, 2.0, 24.5, 20, 3.0, 9.5, 3.0)
-    positions = (np.arange(50) - 24.5) * 2.0
-    wanted = (np.arange(20) - 9.5) * 3.0
-    np.testing.assert_allclose((weights @ positions)[1:-1], wanted[1:-1], atol=0.3)  # mm, of samples 2 and 3 mm apart
-    outside = resampling_weights(10, 1.0, 4.5, 30, 1.0, 14.5, 1.0)
-    assert outside[0].sum() == 0
-    np.testing.assert_allclose(outside[10:20], np.eye(10), atol=1e-6)
-
-
-@pytest.mark.parametrize(("axes", "tilt"), [("RAS", 0), ("PSR", 0), ("LPI", 12), ("ASL", 0), ("SAL", -20)])
-@pytest.mark.parametrize("spacing", [(4.0, 4.0, 4.0), (2.5, 3.0, 5.0)])
-def test_a_planted_cube_comes_back_to_its_place(tmp_path, axes, tilt, spacing):
-    shape = tuple(round(n * 4 / s) for n, s in zip((40, 48, 44), spacing, strict=True))
-    image = make_head(shape, spacing)
-    values = image.get_fdata(dtype=np.float32).copy()
-    corner = [round(n * share) for n, share in zip(shape, (0.6, 0.35, 0.5), strict=True)]
-    cube = tuple(slice(c, c + round(28 / s)) for c, s in zip(corner, spacing, strict=True))
-    values[cube] = 4000
-    path = store(nib.Nifti1Image(values, image.affine), axes, tmp_path / "scan.nii.gz", tilt)
-    stack, record = cut(path, size=128)
-    anomaly = np.where(stack > 0, np.abs(stack.astype(np.float32) - 0.3), np.nan)
-    back = restore_to_grid(anomaly, record)
-    stored = nib.load(path)
-    assert back.shape == stored.shape
-    truth = stored.get_fdata() == 4000
-    assert truth[np.unravel_index(np.nanargmax(back), back.shape)], "the map peaks outside the cube"
-    assert np.isnan(back[stored.get_fdata() == 0]).mean() > 0.9, "outside the brain nothing was scored"
-    assert np.nanmean(back[truth]) > 2 * np.nanmean(back[~truth])
-
-
-def test_every_brain_voxel_of_a_kept_slice_is_scored(tmp_path):
-    path = store(make_head(), "RAS", tmp_path / "scan.nii")
-    stack, record = cut(path, size=64)
-    back = restore_to_grid(np.where(stack > 0, 1.0, np.nan), record)
-    brain = nib.load(path).get_fdata() > 0
-    kept = np.zeros_like(brain)
-    kept[:, :, record["slices"]] = True
-    scored = np.isfinite(back)
-    assert not (scored & ~kept).any()
-    assert (scored & brain).sum() > 0.98 * (brain & kept).sum()
-
-
-def test_lesion_mask_lies_over_its_lesion(tmp_path):
-    image = make_head()
-    mask = np.zeros(image.shape, dtype=np.uint8)
-    mask[25:30, 20:26, 18:24] = 1
-    values = np.where(mask, 2000, image.get_fdata())
-    path = store(nib.Nifti1Image(values.astype(np.float32), image.affine), "ASL", tmp_path / "scan.nii")
-    mask_path = store(nib.Nifti1Image(mask.astype(np.float32), image.affine), "ASL", tmp_path / "mask.nii")
-    stack, record = cut(path, size=64)
-    lesion = cut_mask(read_mask(mask_path, read_volume(path)), record)
-    assert lesion.sum() > 50
-    assert stack[lesion > 0].astype(float).mean() > stack[(stack > 0) & (lesion == 0)].astype(float).max() - 0.1
-
-
-def test_a_mask_on_another_grid_is_refused(tmp_path):
-    path = store(make_head(), "RAS", tmp_path / "scan.nii")
-    nib.save(nib.Nifti1Image(np.ones((40, 48, 44), np.uint8), np.diag([4.0, 4, 4, 1])), tmp_path / "mask.nii")
-    with pytest.raises(DataError, match=r"mask\.nii.*resample"):
-        read_mask(tmp_path / "mask.nii", read_volume(path))
-
-
-def test_analyze_is_read(tmp_path):
-    image = make_head()
-    nib.save(nib.Spm2AnalyzeImage(image.get_fdata().astype(np.int16), image.affine), tmp_path / "scan.img")
-    assert read_volume(tmp_path / "scan.img").shape == image.shape
-
-
-def test_a_trailing_axis_of_one_is_dropped(tmp_path):
-    image = make_head()
-    nib.save(nib.Nifti1Image(image.get_fdata()[..., None], image.affine), tmp_path / "scan.nii")
-    assert read_volume(tmp_path / "scan.nii").values.shape == image.shape
-
-
-def test_a_head_with_skull_counts_all_slices(tmp_path):
-    rng = np.random.default_rng(0)
-    shape, spacing = (60, 70, 60), (4.0, 4.0, 4.0)
-    grid = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)], indexing="ij")
-    head = (grid[0] / 80) ** 2 + (grid[1] / 100) ** 2 + (grid[2] / 110) ** 2 < 1
-    values = np.where(head, 400, 0) + np.abs(rng.normal(0, 15, shape))
-    nib.save(nib.Nifti1Image(values.astype(np.float32), np.diag([4.0, 4, 4, 1])), tmp_path / "head.nii")
-    volume = read_volume(tmp_path / "head.nii")
-    brain, skull_off = find_brain(volume)
-    assert not skull_off
-    assert (brain == head).mean() > 0.98
-    stack, _ = cut_stack(volume, brain, skull_off, 0.7, 32, 256.0)
-    assert len(stack) == 42
+def test_an_oblique_scan_keeps_its_affine(tmp_path):
+    path = store(make_head(), "LPI", tmp_path / "a.nii", tilt_degrees=12)
+    volume = read_volume(path)
+    canonical = apply_orientation(nib.load(path).get_fdata(), io_orientation(nib.load(path).affine))
+    np.testing.assert_array_equal(volume.values, canonical)
+    assert volume.spacing_mm == (4.0, 4.0, 4.0)

@@ -1,8 +1,8 @@
-"""Fit an autoencoder on normal slices.
+"""Train an autoencoder on the slices of healthy scans.
 
-Reads `<data>/train/normal` (and `<data>/val/normal`; without it some subjects of train are set aside) as
-preprocess_oasis.py wrote them, and leaves a run folder with the model, its log, curves and reconstructions.
-The same command again goes on where it was stopped.
+Reads `<data>/train/normal` and `<data>/val/normal` as preprocess_oasis.py wrote them; without the latter it sets some
+subjects of train aside. Writes a run folder: the model, its log, curves and reconstructions. The same command again
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.cli import list_flags, parse_flags, silence
-from common.device import choose_precision, fits_in_memory, keep_freed_memory
-from common.files import write_atomically
+from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.device import add_device_flag, choose_device, choose_precision, fits_in_memory, keep_freed_memory
+from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
-from models.checkpoint import CheckpointError, load_checkpoint
-from preprocessing.scans import DataError, refuse_leaks
-from preprocessing.slices import ScanSlices, check_same_settings, hold_folder, list_scans
+from models.checkpoint import load_checkpoint
+from preprocessing.cohort import refuse_leaks
+from preprocessing.store import StoredScan, check_same_settings, list_scans
+from training.dataset import SliceDataset
 from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
-DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # measured in EXPERIMENTS.md
+DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
-def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[list[ScanSlices], list[ScanSlices]]:
-    """(training scans, validation scans), all normal, no subject on both sides. DataError where that cannot be had."""
+def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[list[StoredScan], list[StoredScan]]:
+    """(training scans, validation scans), all normal and no subject in both. DataError where there are none.
+
+    val_fraction and seed say which subjects are set aside where the store holds no validation scans.
+    """
     abnormal = next(list_scans(data / "train" / "abnormal"), None)
     if abnormal:
         raise DataError(f"{abnormal.folder}: an abnormal scan among the training scans; move it to {data / 'test'}")
@@ -49,7 +54,7 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         subjects = sorted({scan.subject for scan in train})
         if len(subjects) < 2:
             raise DataError(f"{data / 'train'}: only one subject; add scans of others, one is needed for validation")
-        count = max(1, round(val_fraction * len(subjects)))
+        count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
         held_out = set(np.random.default_rng(seed).permutation(subjects)[:count])
         validation = [scan for scan in train if scan.subject in held_out]
         train = [scan for scan in train if scan.subject not in held_out]
@@ -73,109 +78,111 @@ def read_commit() -> str:
 
 
 def load_state(run: Path, config: dict) -> dict | None:
-    """What last.pt holds of this training, None where there is none yet; fills in the precision that it began with.
-
-    DataError where the folder's training has another configuration.
-    """
+    """The content of a run's last.pt, None where there is none; DataError if it began with another configuration."""
     if not (run / "last.pt").exists():
         return None
     state = load_checkpoint(run / "last.pt")
-    if config["precision"] == "auto":
-        config["precision"] = state["config"]["precision"]
-    if state["config"] != config:
-        changed = ", ".join(key for key in config if state["config"].get(key) != config[key])
+    kept = state["config"]
+    changed = [key for key in config if kept.get(key) != config[key] and (key, config[key]) != ("precision", "auto")]
+    if changed:
+        changed = ", ".join(changed)
         raise DataError(f"{run}: was trained with other settings ({changed}); give another --run, or delete this one")
     return state
 
 
+def settle_precision(asked: str, state: dict | None, device: torch.device) -> str:
+    """bf16 or fp32: as asked for, as the run began, or as is faster on this device."""
+    if state:
+        precision, why = state["config"]["precision"], "as this run began"
+    elif asked == "auto":
+        precision, why = distributed.broadcast(choose_precision(device))
+    else:
+        precision, why = asked, "as asked for"
+    log.info("%s on %s: %s", precision, device.type, why)
+    return precision
+
+
 def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     """Train one run to its end, from the start or from where it was."""
-    data, run, in_memory = args.data, args.run, args.in_memory  # None: decided by their size
-    train_scans, validation_scans = find_training_scans(data, config["val_fraction"], config["seed"])
-    size = config["network"]["size"] = train_scans[0].size
-    config["train_subjects"] = sorted({scan.subject for scan in train_scans})
-    config["val_subjects"] = sorted({scan.subject for scan in validation_scans})
-    asked = config["precision"]
+    run = args.run
+    scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
+    config["network"]["size"] = scans[0][0].size
+    config["train_subjects"], config["val_subjects"] = (sorted({scan.subject for scan in part}) for part in scans)
     with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
         state = distributed.broadcast(load_state(run, config) if distributed.is_main() else None)
         if state and (run / "model.pt").exists():
-            say(f"{run} is trained already ({config['steps']} steps); delete it to train again")
+            log.info("%s is trained already (%d steps); delete it to train again", run, config["steps"])
             return
-        if state:
-            config["precision"], why = state["config"]["precision"], "as this training began"
-        elif asked == "auto":
-            config["precision"], why = distributed.broadcast(choose_precision(device))
-        else:
-            why = "as asked for"
-        say(f"{config['precision']} on {device.type}: {why}")
-        count = sum(len(scan.indices) for scan in train_scans + validation_scans)
-        fits, why = fits_in_memory(count, size, device)
-        in_memory = fits if in_memory is None else in_memory
-        say(f"slices {'held in memory' if in_memory else 'read from disk ahead of need'}: {why}")
+        config["precision"] = settle_precision(config["precision"], state, device)
         try:
-            if distributed.is_main():
-                about = {"flags": list_flags(args), "commit": read_commit()}
-                about |= {"torch": torch.__version__, "python": platform.python_version()}
-                write_atomically(run / "config.json", json.dumps(config | about, indent=1).encode())
-            trainer = Trainer(config, train_scans, validation_scans, device, in_memory, args.quiet)
+            trainer = start(config, args, scans, device)
             if state:
-                trainer.load(state)
-                say(f"going on at step {trainer.step} of {config['steps']}")
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            say(
-                f"{config['network']['model']} ({parameters / 1e6:.1f} M weights): {len(trainer.train)} slices of "
-                f"{len(config['train_subjects'])} subjects, validation on {len(trainer.validation)} slices of "
-                f"{len(config['val_subjects'])} subjects, {config['steps']} steps"
-            )
-            trainer.fit(run)
+                trainer.resume(state)
+                log.info("resuming at step %d of %d", trainer.step, config["steps"])
+            trainer.fit()
             if distributed.is_main():
-                trainer.finish(run)
+                trainer.finish()
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
                 f"{run}: cannot be written ({error}); free some space or give another --run; last.pt is whole, "
                 "the same command goes on from it"
             ) from error
         best = trainer.best
-        say(f"best validation loss {best['val_loss']:.6f} at step {best['step']}; model in {run / 'model.pt'}")
+        log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
 
 
-def say(text: str) -> None:
-    """Print a line, once whatever the number of processes."""
+def start(
+    config: dict, args: argparse.Namespace, scans: tuple[list[StoredScan], list[StoredScan]], device: torch.device
+) -> Trainer:
+    """Write config.json, read the slices of the (training, validation) scans, and build the model."""
     if distributed.is_main():
-        print(text, flush=True)
+        about = {"flags": list_flags(args), "commit": read_commit()}
+        about |= {"torch": torch.__version__, "python": platform.python_version()}
+        write_atomically(args.run / "config.json", json.dumps(config | about, indent=1).encode())
+    count = sum(len(scan.indices) for part in scans for scan in part)
+    fits, why = fits_in_memory(count, scans[0][0].size, device)
+    in_memory = fits if args.in_memory is None else args.in_memory
+    log.info("slices %s: %s", "held in memory" if in_memory else "read from disk ahead of need", why)
+    name = config["network"]["model"]
+    datasets = [SliceDataset(part, in_memory, device, MODELS[name].neighbour_offsets) for part in scans]
+    trainer = Trainer(config, *datasets, args.run, args.quiet)
+    weights = sum(parameter.numel() for parameter in trainer.model.parameters())
+    log.info(
+        "%s (%.1f M weights): %d slices of %d subjects, validation on %d slices of %d subjects, %d steps",
+        *(name, weights / 1e6, len(datasets[0]), len(config["train_subjects"])),
+        *(len(datasets[1]), len(config["val_subjects"]), config["steps"]),
+    )
+    return trainer
 
 
-def main(argv: list[str] | None = None) -> int:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed"), help="slices of preprocess_oasis.py")
-    parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this training")
+    parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
     parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
     parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
     parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps; left out: 50000 for dae, 3000 for cae; the learning rate follows"
-    )
+        "--steps", type=int, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
+        "3000 for cae"
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="share of subjects set aside without val/normal"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and corruptions")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and corruption")
+    add_device_flag(parser)
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
-    )
-    parser.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where measured to be faster"
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is measured faster"
     )
     parser.add_argument(
         "--in-memory",
         action=argparse.BooleanOptionalAction,
-        help="hold the slices in memory or read them from disk ahead of need; left out: by their size",
-    )
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the model first (a minute)"
+        help="hold the slices in memory, or read them from disk ahead of need; left out: in memory where they fit",
     )
     parser.add_argument(
         "--deterministic",
@@ -184,42 +191,47 @@ def main(argv: list[str] | None = None) -> int:
         help="the same bytes each time on a GPU too, somewhat slower; on a CPU it is always so",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
-    args = parse_flags(parser, argv)
+    return parser
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End as wrong usage where a flag is out of range."""
     for name in ("width", "depth", "latent", "steps", "batch_size", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0")
     if not 0 < args.val_fraction < 1:
         parser.error("--val-fraction lies between 0 and 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device; leave --device out")
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+
+
+def configure(args: argparse.Namespace, device: torch.device) -> dict:
+    """What decides the result of a run; its subjects and the size of its slices are added when they are known."""
     width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
-    config = {
+    return {
         "data": str(args.data), "network": network, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
         "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type, "precision": args.precision,
-        "compile": args.compile, "deterministic": args.deterministic,
+        "deterministic": args.deterministic,
     }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parse_flags(parser, argv)
+    check_flags(parser, args)
+    device = choose_device(parser, args.device)
+    set_up_logging(args.quiet)
     keep_freed_memory()
-    with distributed.join(device) as device, silence(args.quiet):
+    with distributed.join(device) as device:
         if args.batch_size < distributed.world_size():
             raise DataError(f"--batch-size {args.batch_size} is less than a slice for each process; raise it")
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        train(config, args, device)
+        train(configure(args, device), args, device)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(str(error) if distributed.is_main() else 1)
-    except KeyboardInterrupt:
-        if distributed.is_main():
-            print("stopped; the same command goes on from what was saved", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

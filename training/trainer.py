@@ -1,8 +1,4 @@
-"""A training from its first step to its last: batches, steps, validation, and what it leaves on disk.
-
-All that is random follows from the seed and the number of the step (EDM2's idea), so a training that was interrupted
-sees what an undisturbed one sees, and several processes see together what one alone would.
-"""
+"""A training run from its first step to model.pt: steps, validation, saving, resuming, calibration."""
 
 from __future__ import annotations
 
@@ -11,171 +7,122 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import distributed
-from common.device import choose_precision as choose_precision
-from common.files import write_figure, write_table
-from models.anomaly import calibrate, reconstruct, smooth_residual
+from common.cli import DataError, log
+from common.device import PRECISIONS
+from models.anomaly import compute_residual, reconstruct
 from models.autoencoder import take_middle
+from models.calibration import Calibration, Compared
 from models.checkpoint import build_model, save_checkpoint
-from preprocessing.scans import DataError
-from preprocessing.slices import ScanSlices, SliceDataset, check_same_settings
+from preprocessing.store import check_same_settings
+from training.batches import count_epoch_steps, pick_batch, schedule_learning_rate, seed_generator
 from training.corruption import corrupt, vary_appearance
+from training.dataset import SliceDataset
+from training.run_log import LOG_COLUMNS, RunLog, draw_reconstructions, write_log
 
-LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
-LOOK_EVERY = 20  # steps between two looks at the losses: each makes a GPU wait
-SAVE_EVERY_S = 60.0  # between two saves within an epoch
-LARGEST_GRADIENT = 0.1  # norm; 0.03 is usual, and a burst of 20 once threw a training back by thousands of steps
-SPOILED_TOGETHER = 16  # slices; a process corrupts whole groups of a batch, so its draws are those of one alone
-
-
-@lru_cache(maxsize=2)
-def _shuffle(count: int, seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn]).permutation(count)
+READ_LOSSES_EVERY = 20  # steps; a GPU waits each time
+SAVE_EVERY_S = 60.0  # within an epoch
+LARGEST_GRADIENT = 0.1  # norm; 0.03 is typical, and a burst of 20 once threw a run back by thousands of steps
 
 
-def pick_batch(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
-    """Indices of the slices of this step: each turn through the `count` slices is shuffled anew."""
-    places = step * batch_size + np.arange(batch_size)
-    return np.array([_shuffle(count, seed, int(place // count))[place % count] for place in places])
+def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input (B, C, H, W), target (B, 1, H, W)) of a training step, from healthy slices (B, C, H, W) in [0, 1].
 
-
-def pick_groups(batch_size: int) -> list[range]:
-    """The places in a batch that are corrupted together: at most eight groups."""
-    group = max(SPOILED_TOGETHER, math.ceil(batch_size / 8))
-    return [range(start, min(start + group, batch_size)) for start in range(0, batch_size, group)]
-
-
-def seed_generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator on the device whose stream depends on these numbers alone."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
-
-
-def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 4 % of the steps, then half a cosine down to 0."""
-    warm_up = max(1, round(0.04 * steps))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    Input and target have the same varied appearance; only the input is corrupted.
+    """
+    varied = vary_appearance(clean, generator)
+    return (corrupt(varied, generator) if corrupted else varied), take_middle(varied)
 
 
 def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the squared errors over the brain's pixels, how many these are). Both arguments (B, 1, H, W).
+    """(sum of the squared errors in the brain, its number of pixels, at least 1). Both arguments (B, 1, H, W).
 
-    The loss is the one divided by the other: the mean squared error in the brain.
+    The loss is their quotient: the mean squared error in the brain.
     """
     brain = (target > 0).float()
     return ((reconstruction - target) ** 2 * brain).sum(), brain.sum().clamp(min=1)
 
 
-def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input (B, C, H, W), target (B, 1, H, W)) of a training step from healthy slices (B, C, H, W)."""
-    varied = vary_appearance(clean, generator)
-    return (corrupt(varied, generator) if corrupted else varied), take_middle(varied)
-
-
 class Trainer:
-    """A training: the model, its optimiser and how far they are. `fit` runs it to its end.
+    """A run: the model, its optimiser and how far they are. `fit` trains it to its end, `finish` writes model.pt.
 
-    config     what decides the result, as train.py writes it to config.json
-    in_memory  whether the slices are held in memory or read from disk ahead of need; the result is the same
-    quiet      no progress bars
+    config      what decides the result, as train.py writes it to config.json
+    train       healthy slices to train on
+    validation  healthy slices of other subjects, to choose the best weights and to calibrate
+    run         the folder of the run
+    quiet       no progress bars
     """
 
-    def __init__(
-        self,
-        config: dict,
-        train: list[ScanSlices],
-        validation: list[ScanSlices],
-        device: torch.device,
-        in_memory: bool = True,
-        quiet: bool = False,
-    ):
-        self.config, self.device = config, device
-        self.silent = quiet or None  # None: where there is no terminal
-        self.precision = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
+    def __init__(self, config: dict, train: SliceDataset, validation: SliceDataset, run: Path, quiet: bool = False):
+        self.config, self.train, self.validation, self.run = config, train, validation, run
+        self.device = train.device
+        self.hide_bars = quiet or None  # None: hidden where there is no terminal
+        self.precision = PRECISIONS[config["precision"]]
         torch.manual_seed(config["seed"])
-        self.model = model = build_model(config["network"]).to(device, memory_format=torch.channels_last)
-        self.train, self.validation = (
-            SliceDataset(scans, in_memory, device, model.find_neighbours) for scans in (train, validation)
-        )
+        self.model = build_model(config["network"]).to(self.device, memory_format=torch.channels_last)
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
-        if config["compile"]:
-            self.network = torch.compile(self.network)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
-        # a row of the log is one turn through the slices, but at least a fiftieth of the training and at most a fifth
-        turn = math.ceil(len(self.train) / config["batch_size"])
-        self.epoch_steps = min(max(turn, math.ceil(config["steps"] / 50)), math.ceil(config["steps"] / 5))
-        self.groups = pick_groups(config["batch_size"])
-        self.own = distributed.shard(config["batch_size"])
-        self.own_groups = [g for g in range(len(self.groups)) if set(self.groups[g]) & set(self.own)]
+        self.epoch_steps = count_epoch_steps(len(train), config["batch_size"], config["steps"])
         self.step, self.loss_sum, self.rows = 0, 0.0, []
-        self.losses = []  # of the steps since the last look, on the device
-        self.saved_step = 0  # what last.pt holds
+        self.unread_losses = []  # of the last steps, on the device
+        self.saved_step = 0  # the step that last.pt holds
         self.best = {"val_loss": math.inf, "weights": None}
 
     def forward(self, network: nn.Module, slices: torch.Tensor) -> torch.Tensor:
+        """What the network makes of slices (B, C, H, W), in the run's precision: (B, 1, H, W) float32."""
         slices = slices.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return network(slices).float()
 
     def read_batches(self) -> Iterator[torch.Tensor]:
-        """The healthy slices of each step from this one on, of those groups that this process has a part in."""
-        config = self.config
-        places = np.concatenate([self.groups[g] for g in self.own_groups])
-        steps = range(self.step, config["steps"])
-        yield from self.train.in_order(
-            pick_batch(step, config["batch_size"], len(self.train), config["seed"])[places] for step in steps
+        """This process's healthy slices of each step, from the current step on."""
+        config, shard = self.config, distributed.shard(self.config["batch_size"])
+        yield from self.train.read_batches(
+            pick_batch(step, config["batch_size"], len(self.train), config["seed"])[shard]
+            for step in range(self.step, config["steps"])
         )
 
-    def spoil(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input, target) of this step for this process's own places in the batch."""
-        pairs = []
-        for g, slices in zip(self.own_groups, clean.split(len(self.groups[0])), strict=True):
-            numbers = (self.step, g) if g else (self.step,)
-            pairs.append(
-                make_pair(slices, self.model.corrupted, seed_generator(self.device, self.config["seed"], *numbers))
-            )
-        start = self.own.start - self.groups[self.own_groups[0]].start
-        source, target = (torch.cat(parts)[start : start + len(self.own)] for parts in zip(*pairs, strict=True))
-        return source, target
+    def make_pair(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input, target) of the current step; each process has random numbers of its own."""
+        generator = seed_generator(self.device, self.config["seed"], self.step, distributed.rank())
+        return make_pair(clean, self.model.corrupted, generator)
 
     def train_step(self, clean: torch.Tensor) -> torch.Tensor:
-        """One optimiser step on what `read_batches` gave; returns its loss, still on the device."""
-        source, target = self.spoil(clean)
+        """One optimiser step with slices of `read_batches`; returns the loss, still on the device."""
+        source, target = self.make_pair(clean)
         for group in self.optimiser.param_groups:
             group["lr"] = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
         squares, pixels = sum_squares(self.forward(self.network, source), target)
         loss = squares / distributed.all_reduce(pixels)  # this process's part of it
         self.optimiser.zero_grad()
-        (loss * distributed.world_size()).backward()  # of which the mean over the processes is taken
+        (loss * distributed.world_size()).backward()  # gradients are averaged over the processes
         self.update_weights()
         self.step += 1
         return distributed.all_reduce(loss.detach())
 
     def update_weights(self) -> None:
+        """An optimiser step, with the gradient clipped to a norm of LARGEST_GRADIENT."""
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         self.optimiser.step()
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The loss over all validation slices, corrupted the same way each time; each process takes some batches."""
+        """The loss over all validation slices, corrupted the same way each time; the processes share the batches."""
+        distributed.share_statistics(self.model)
         self.model.eval()
         count, size = len(self.validation), self.config["batch_size"]
         starts = range(0, count, size)[distributed.rank() :: distributed.world_size()]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = self.validation.in_order(range(start, min(start + size, count)) for start in starts)
+        batches = self.validation.read_batches(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
             source = corrupt(clean, seed_generator(self.device, 0, start)) if self.model.corrupted else clean
             squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
@@ -183,201 +130,172 @@ class Trainer:
         self.model.train()
         return distributed.all_reduce(total).item() / count
 
-    def state(self) -> dict:
-        return {
-            "config": self.config, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-            "step": self.step, "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best,
-        }  # fmt: skip
+    def fit(self) -> None:
+        """Train to the last step: last.pt is saved now and then, the log written after each epoch.
 
-    def load(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.loss_sum, self.rows, self.best = (state[k] for k in ("step", "loss_sum", "rows", "best"))
-        self.saved_step = self.step
-
-    def fit(self, run: Path) -> None:
-        """Train to the last step, leaving last.pt now and then, log and curves after each epoch.
-
-        SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is no number raises DataError.
+        SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is not a number raises
+        DataError.
         """
         steps, batches = self.config["steps"], self.read_batches()
-        silent = self.silent if distributed.is_main() else True
-        bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=silent)
-        began, began_step, saved = time.perf_counter(), self.step, time.monotonic()
+        hide_bar = self.hide_bars if distributed.is_main() else True
+        bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=hide_bar)
         self.model.train()
-        with _open_board(run, self.rows) as board, bar, contextlib.closing(batches), _catch_signals() as caught:
+        with self._open_log() as run_log, bar, contextlib.closing(batches), _catch_signals() as caught:
+            clock = _Clock(self.step)
             while True:
-                since = self.step - (self.rows[-1]["step"] if self.rows else 0)
-                if since and (since == self.epoch_steps or self.step == steps):
-                    self.look_at_losses(run)
-                    rate = (self.step - began_step) * self.config["batch_size"] / (time.perf_counter() - began)
-                    self.end_epoch(run, board, self.loss_sum / since, rate)
-                    began, began_step, saved = time.perf_counter(), self.step, time.monotonic()
+                if self._at_end_of_epoch():
+                    self.end_epoch(run_log, clock.measure_rate(self.step, self.config["batch_size"]))
+                    clock = _Clock(self.step)
                 if self.step == steps:
                     return
                 if distributed.any_of(bool(caught)):
-                    self.save(run)
                     bar.close()
-                    if distributed.is_main():
-                        print(f"stopped at step {self.step} of {steps}; the same command goes on", file=sys.stderr)
-                    sys.exit(130)
-                self.losses.append(self.train_step(next(batches)))
+                    self.stop()
+                self.unread_losses.append(self.train_step(next(batches)))
                 bar.update()
-                if self.step % LOOK_EVERY == 0:
-                    loss = self.look_at_losses(run)
-                    bar.set_postfix(loss=f"{loss:.5f}")
-                    if time.monotonic() - saved > SAVE_EVERY_S:
-                        self.save(run)
-                        saved = time.monotonic()
+                if self.step % READ_LOSSES_EVERY == 0:
+                    bar.set_postfix(loss=f"{self.read_losses():.5f}")
+                    if time.monotonic() - clock.saved > SAVE_EVERY_S:
+                        self.save()
+                        clock.saved = time.monotonic()
 
-    def look_at_losses(self, run: Path) -> float:
-        """Add up the losses since the last look, and return the last one; DataError names the step of a bad one."""
-        losses = torch.stack(self.losses).tolist() if self.losses else [self.loss_sum]
+    def _at_end_of_epoch(self) -> bool:
+        since = self._count_steps_of_epoch()
+        return since > 0 and (since == self.epoch_steps or self.step == self.config["steps"])
+
+    def _count_steps_of_epoch(self) -> int:
+        return self.step - (self.rows[-1]["step"] if self.rows else 0)
+
+    def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
+        return RunLog(self.run, self.rows) if distributed.is_main() else contextlib.nullcontext()
+
+    def read_losses(self) -> float:
+        """Add the losses of the last steps to the epoch's sum, and return the last; DataError if one is no number."""
+        losses = torch.stack(self.unread_losses).tolist() if self.unread_losses else [0.0]
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                self.give_up(run, f"the loss is not a number at step {step}")
-        if self.losses:
-            self.loss_sum += sum(losses)
-        self.losses = []
+                self.fail(f"the loss is not a number at step {step}")
+        self.loss_sum += sum(losses)
+        self.unread_losses = []
         return losses[-1]
 
-    def give_up(self, run: Path, why: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         saved = f"last.pt holds step {self.saved_step}, which was good" if self.saved_step else "nothing was saved yet"
-        raise DataError(f"{run}: {why}; {saved}; try a lower --lr or --precision fp32 in a new --run")
+        raise DataError(f"{self.run}: {reason}; {saved}; try a lower --lr or --precision fp32 in a new --run")
 
-    def save(self, run: Path) -> None:
-        """Write last.pt, unless the training has gone bad."""
-        self.look_at_losses(run)
-        if not all(values.isfinite().all() for values in self.model.state_dict().values()):
-            self.give_up(run, f"the weights are not numbers after step {self.step}")
+    def stop(self) -> NoReturn:
+        """Save, and end the program as one that was interrupted."""
+        self.save()
         if distributed.is_main():
-            save_checkpoint(run / "last.pt", self.state())
-        self.saved_step = self.step
+            log.warning("stopped at step %d of %d; the same command goes on", self.step, self.config["steps"])
+        sys.exit(130)
 
-    def end_epoch(self, run: Path, board: SummaryWriter | None, train_loss: float, rate: float) -> None:
-        val_loss = self.validate()
+    def end_epoch(self, run_log: RunLog | None, slices_per_s: float) -> None:
+        """Validate, keep the best weights, save, and write the log."""
+        self.read_losses()
+        train_loss, val_loss = self.loss_sum / self._count_steps_of_epoch(), self.validate()
         if not math.isfinite(val_loss):
-            self.give_up(run, f"the validation loss is not a number after step {self.step}")
-        values = (len(self.rows) + 1, self.step, train_loss, val_loss, self.optimiser.param_groups[0]["lr"], rate)
+            self.fail(f"the validation loss is not a number after step {self.step}")
+        learning_rate = self.optimiser.param_groups[0]["lr"]
+        values = (len(self.rows) + 1, self.step, train_loss, val_loss, learning_rate, slices_per_s)
         self.rows.append(dict(zip(LOG_COLUMNS, values, strict=True)))
         self.loss_sum = 0.0
         if val_loss < self.best["val_loss"]:
             weights = {key: value.clone() for key, value in self.model.state_dict().items()}
             self.best = {"val_loss": val_loss, "step": self.step, "weights": weights}
-        self.save(run)
+        self.save()
+        if run_log:
+            run_log.add_epoch(self.show_reconstructions())
+
+    def save(self) -> None:
+        """Write last.pt, unless the losses or the weights are not numbers."""
+        self.read_losses()
+        if not all(values.isfinite().all() for values in self.model.state_dict().values()):
+            self.fail(f"the weights are not numbers after step {self.step}")
         if distributed.is_main():
-            _add_to_board(board, self.rows[-1])
-            pictures = [np.concatenate(slices[:, ::-1], axis=1) for slices in self.show_test_blobs().values()]
-            board.add_image("reconstructions", np.concatenate(pictures).clip(0, 1), self.step, dataformats="HW")
-            self.write_log(run)
+            content = {"config": self.config, "model": self.model.state_dict()}
+            content |= {"optimiser": self.optimiser.state_dict(), "step": self.step, "loss_sum": self.loss_sum}
+            save_checkpoint(self.run / "last.pt", content | {"rows": self.rows, "best": self.best})
+        self.saved_step = self.step
 
-    def write_log(self, run: Path) -> None:
-        write_table(run / "log.csv", self.rows)
-        draw_curves(run / "curves.png", self.rows)
+    def resume(self, state: dict) -> None:
+        """Go on from the content of a last.pt."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.loss_sum, self.rows, self.best = (state[k] for k in ("step", "loss_sum", "rows", "best"))
+        self.saved_step = self.step
 
-    def finish(self, run: Path) -> None:
+    def finish(self) -> None:
         """Take the best weights, calibrate them on the validation scans, and write model.pt."""
-        self.write_log(run)  # again, for the training may have been killed between last.pt and these
+        write_log(self.run, self.rows)  # again: the run may have been killed between last.pt and its log
         self.model.load_state_dict(self.best["weights"])
         self.model.eval()
-        scans = self.validation.scans
-
-        def compare(number: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-            scan, record = scans[number], scans[number].record
-            stack, spacing = scan.read_stack(), record["spacing_mm"][2]
-            reconstruction = reconstruct(
-                self.model, stack, spacing, self.device, self.config["batch_size"], self.precision
-            )
-            return stack, reconstruction, (spacing, record["pixel_mm"])
-
-        compared = _Computed(compare, len(scans))
-        if self.validation.slices is not None:  # they fit into memory, so these do
-            compared = list(tqdm(compared, desc="calibrating", unit="scan", disable=self.silent))
-        self.draw_reconstructions(run / "reconstructions.png")
+        compared = _Reconstructed(self)
+        if self.validation.slices is not None:  # they fit into memory, so their reconstructions do
+            compared = list(tqdm(compared, desc="calibrating", unit="scan", disable=self.hide_bars))
+        draw_reconstructions(self.run / "reconstructions.png", self.show_reconstructions())
+        scans = [*self.train.scans, *self.validation.scans]
         content = {
             "config": self.config["network"],
             "weights": self.best["weights"],
-            "calibration": calibrate(compared),
+            "calibration": Calibration.fit(compared).to_state(),
             "slices": check_same_settings(scans),
-            "seen": sorted(scan.source_hash for scan in [*self.train.scans, *scans]),
+            "seen": sorted(scan.source_hash for scan in scans),
             "precision": self.config["precision"],
             "step": self.best["step"],
             "val_loss": self.best["val_loss"],
         }
-        save_checkpoint(run / "model.pt", content)
+        save_checkpoint(self.run / "model.pt", content)
 
     @torch.inference_mode()
-    def show_test_blobs(self, count: int = 8) -> dict[str, np.ndarray]:
-        """{what: (count, H, W)}: healthy validation slices, the same with test blobs painted into them, the model's
-        reconstruction of these, and the size of the smoothed residual: where the blobs are, if the model is good."""
+    def show_reconstructions(self, count: int = 8) -> dict[str, np.ndarray]:
+        """{title: (count, H, W) in [0, 1]} of validation slices: healthy, corrupted, reconstructed, smoothed error.
+
+        The error is bright where the corruption is, if the model is good.
+        """
         clean = self.validation[np.linspace(0, len(self.validation) - 1, count).astype(int)]
         source = corrupt(clean, seed_generator(self.device, 0, 0))
-        training, _ = self.model.training, self.model.eval()
+        was_training = self.model.training
+        self.model.eval()
         output = torch.where(take_middle(clean) > 0, self.forward(self.model, source), 0)
-        self.model.train(training)
-        healthy, spoilt, drawn = (x[:, 0].float().cpu().numpy() for x in map(take_middle, (clean, source, output)))
-        spacing = (1e3, self.validation.scans[0].record["pixel_mm"])  # far apart: these slices are no stack
-        error = np.abs(smooth_residual(spoilt, drawn, spacing))
-        return {"healthy slice": healthy, "with test blobs": spoilt, "reconstruction": drawn, "error x 4": 4 * error}
-
-    def draw_reconstructions(self, path: Path) -> None:
-        rows = self.show_test_blobs()
-        count = len(rows["reconstruction"])
-        figure, axes = plt.subplots(len(rows), count, figsize=(1.6 * count, 1.7 * len(rows)), layout="constrained")
-        for line, (title, slices) in zip(axes, rows.items(), strict=True):
-            for axis, values in zip(line, slices, strict=True):
-                axis.imshow(values, cmap="gray", origin="lower", vmin=0, vmax=1)
-                axis.axis("off")
-            line[0].set_title(title, loc="left", fontsize=9)
-        write_figure(path, figure)
+        self.model.train(was_training)
+        healthy, corrupted, drawn = (x[:, 0].float() for x in (take_middle(clean), take_middle(source), output))
+        sampling_mm = (1e3, self.validation.scans[0].geometry.pixel_mm)  # far apart: these slices are no stack
+        error = compute_residual(corrupted, drawn, sampling_mm).values.abs()
+        pictures = {"healthy slice": healthy, "corrupted": corrupted, "reconstruction": drawn, "error x 4": 4 * error}
+        return {title: slices.cpu().numpy() for title, slices in pictures.items()}
 
 
-class _Computed(Sequence):
-    """Values that are made when asked for, and again when asked for again, because all would fill the memory."""
+class _Reconstructed(Sequence):
+    """The validation scans with their reconstructions, made each time one is read: all would fill the memory."""
 
-    def __init__(self, make: Callable[[int], np.ndarray], count: int):
-        self.make, self.count = make, count
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.trainer.validation.scans)
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        if number >= self.count:
-            raise IndexError(number)
-        return self.make(number)
-
-
-def draw_curves(path: Path, rows: list[dict]) -> None:
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    steps = [row["step"] for row in rows]
-    axis.plot(steps, [row["train_loss"] for row in rows], label="training", marker=".")
-    axis.plot(steps, [row["val_loss"] for row in rows], label="validation", marker=".")
-    axis.set(xlabel="optimiser step", ylabel="loss (MSE in the brain)", yscale="log")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
-    write_figure(path, figure)
+    def __getitem__(self, number: int) -> Compared:
+        trainer, scan = self.trainer, self.trainer.validation.scans[number]
+        stack = torch.from_numpy(scan.read_stack()).float().to(trainer.device)
+        sampling_mm, batch_size = scan.geometry.sampling_mm, trainer.config["batch_size"]
+        return stack, reconstruct(trainer.model, stack, sampling_mm[0], batch_size, trainer.precision), sampling_mm
 
 
-@contextlib.contextmanager
-def _open_board(run: Path, rows: list[dict]) -> Iterator[SummaryWriter | None]:
-    """TensorBoard's events, with the rows that a resumed training has already; none but in the first process."""
-    if not distributed.is_main():
-        yield None
-        return
-    with SummaryWriter(run / "tensorboard", purge_step=0) as board:
-        for row in rows:
-            _add_to_board(board, row)
-        yield board
+class _Clock:
+    """When a stretch of training began, and when it was last saved."""
 
+    def __init__(self, step: int):
+        self.step, self.began, self.saved = step, time.perf_counter(), time.monotonic()
 
-def _add_to_board(board: SummaryWriter, row: dict) -> None:
-    for key in LOG_COLUMNS[2:]:
-        board.add_scalar(key, row[key], row["step"])
+    def measure_rate(self, step: int, batch_size: int) -> float:
+        """Slices per second since it began."""
+        return (step - self.step) * batch_size / (time.perf_counter() - self.began)
 
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Gives a list that SIGINT and SIGTERM are added to: a step that has begun is ended before anything is saved."""
+    """Yields a list that SIGINT and SIGTERM are added to, so that a step that has begun ends before it is saved."""
     caught = []
     before = {
         number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Training: normal slices only, subjects apart, and an interrupted run ends like an undisturbed one."""
+"""The script: normal slices only, subjects apart, and an interrupted run ends with the bytes of an undisturbed one."""
 
 import csv
 import io
@@ -9,21 +9,19 @@ import signal
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
-import numpy as np
-import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.train as training
 import training.trainer as trainer
+from common.cli import DataError
 from models.checkpoint import load_model
-from preprocessing.scans import DataError
-from preprocessing.slices import SliceDataset, list_scans
+from preprocessing.store import list_scans
 from tests.conftest import TINY
 from tests.test_scripts import PROJECT, run_script
 from training.train import find_training_scans
-from training.trainer import Trainer, choose_precision, pick_batch, pick_groups, schedule_learning_rate
+from training.trainer import Trainer
 
 
 def test_a_run_is_complete(run):
@@ -56,7 +54,7 @@ def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch,
     assert not (tmp_path / "run/model.pt").exists()
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert training.main(command) == 0
-    assert "going on at step 7" in capsys.readouterr().out
+    assert "resuming at step 7" in capsys.readouterr().out
     assert (tmp_path / "run/model.pt").read_bytes() == (run / "model.pt").read_bytes()
     for a, b in zip(*(csv.DictReader((r / "log.csv").open()) for r in (run, tmp_path / "run")), strict=True):
         assert a | {"slices_per_s": 0} == b | {"slices_per_s": 0}
@@ -74,28 +72,9 @@ def test_slices_go_to_memory_only_where_they_fit(monkeypatch):
     assert not training.fits_in_memory(5, 128, torch.device("cpu"))[0]
 
 
-def test_what_is_read_ahead_is_bounded(processed):
-    dataset = SliceDataset(list(list_scans(processed / "train")), in_memory=False)
-    asked = []
-    batches = dataset.in_order(([asked.append(i) or i] for i in range(40)), readers=3)
-    for i in range(20):
-        assert torch.equal(next(batches)[0], dataset[i])
-        assert len(asked) - i <= 4
-    batches.close()
-
-
-def test_reading_ahead_starts_no_threads_of_arithmetic(processed):
-    dataset = SliceDataset(list(list_scans(processed / "train")), in_memory=False)
-    torch.ones(10**6).add(1)  # now the threads of this one are there
-    before = psutil.Process().num_threads()
-    places = np.arange(64) % len(dataset)
-    for _ in dataset.in_order([places] * 8, readers=2):
-        assert psutil.Process().num_threads() <= before + 2
-
-
 def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--precision", "auto"]
-    for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this training began")):
+    for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this run began")):
         monkeypatch.setattr(training, "choose_precision", lambda device, measured=measured: (measured, "it is"))
         assert training.main(command) == 0
         assert capsys.readouterr().out.startswith(line)
@@ -105,24 +84,8 @@ def test_a_resumed_training_keeps_its_precision(processed, tmp_path, monkeypatch
         training.main([*command, "--precision", "fp32"])
 
 
-@pytest.mark.parametrize(("rates", "precision"), [((300, 100), "bf16"), ((110, 100), "fp32"), ((50, 100), "fp32")])
-def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
-    by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
-    monkeypatch.setattr("common.device.measure_convolution", lambda device, kind: by_type[kind])
-    assert choose_precision(torch.device("cpu"))[0] == precision
-
-
-@pytest.mark.parametrize("batch_size", [1, 15, 16, 17, 64, 1000])
-def test_every_place_in_a_batch_is_in_one_group(batch_size):
-    groups = pick_groups(batch_size)
-    assert np.concatenate(groups).tolist() == list(range(batch_size))
-    assert len(groups) <= 8
-    assert len({len(group) for group in groups[:-1]}) <= 1
-
-
-def test_two_processes_train_as_one(processed, tmp_path):
-    """Batch norm over both, each slice validated once, one model: all shows in the losses."""
-    # groups of 16, 16 and 3: the processes cut one in two
+def test_two_processes_train_one_model(processed, tmp_path):
+    """Their random numbers differ from those of one process, their batches do not: the losses are close."""
     flags = ["--data", str(processed), *TINY, "--batch-size", "35", "--steps", "5"]
     assert training.main([*flags, "--run", str(tmp_path / "one")]) == 0
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--"]
@@ -132,8 +95,9 @@ def test_two_processes_train_as_one(processed, tmp_path):
     rows = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
     assert load_model(tmp_path / "two/model.pt")[1]["step"] > 0
     for one, two in zip(*rows, strict=True):
-        for column in ("train_loss", "val_loss"):
-            assert float(two[column]) == pytest.approx(float(one[column]), rel=0.02)
+        assert one["step"] == two["step"]
+        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.2)
+        assert float(two["val_loss"]) == pytest.approx(float(one["val_loss"]), rel=0.2)
 
 
 def test_second_run_does_nothing_and_other_flags_are_refused(processed, run, capsys):
@@ -152,7 +116,7 @@ def test_a_run_is_trained_again_by_its_own_config_in_silence(processed, run, tmp
     assert (again / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
 
 
-def test_tensorboard_shows_test_blobs_and_losses(run):
+def test_tensorboard_shows_reconstructions_and_losses(run):
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert {"train_loss", "val_loss", "slices_per_s"} <= set(board.Tags()["scalars"])
     pictures = board.Images("reconstructions")
@@ -160,14 +124,6 @@ def test_tensorboard_shows_test_blobs_and_losses(run):
     values = plt.imread(io.BytesIO(pictures[-1].encoded_image_string))
     assert values.shape[0] == 4 * 32
     assert values.std() > 0.05, "blank"
-
-
-def test_loss_falls(processed, tmp_path):
-    for model in ("cae", "dae"):
-        command = ["--data", str(processed), "--run", str(tmp_path / model), "--model", model, *TINY, "--steps", "60"]
-        assert training.main(command) == 0
-        rows = list(csv.DictReader((tmp_path / model / "log.csv").open()))
-        assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"]), model
 
 
 def test_abnormal_training_scans_are_refused(processed, tmp_path):
@@ -192,45 +148,99 @@ def test_split_by_subject(processed, tmp_path):
         assert not {s.subject for s in train} & {s.subject for s in validation}
 
 
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2), (0.95, 2)])
+def test_the_share_set_aside_is_one_of_subjects(processed, tmp_path, fraction, held_out):
+    shutil.copytree(processed / "train", tmp_path / "data/train")
+    train, validation = find_training_scans(tmp_path / "data", fraction, 0)
+    assert (len(train), len(validation)) == (3 - held_out, held_out)
+    chosen = {find_training_scans(tmp_path / "data", fraction, seed)[1][0].subject for seed in range(6)}
+    assert len(chosen) > 1, "the seed draws them"
+
+
+def test_the_validation_scans_of_the_store_are_taken_whole(processed):
+    train, validation = find_training_scans(processed, 0.9, 0)
+    assert [scan.folder for scan in train] == sorted((processed / "train/normal").iterdir())
+    assert [scan.folder for scan in validation] == sorted((processed / "val/normal").iterdir())
+
+
+def test_one_subject_is_not_enough(processed, tmp_path):
+    scan = next(list_scans(processed / "train"))
+    for name in ("one", "two"):
+        shutil.copytree(scan.folder, tmp_path / "data/train/normal" / name)
+    with pytest.raises(DataError, match="only one subject"):
+        find_training_scans(tmp_path / "data", 0.4, 0)
+
+
+@pytest.mark.parametrize("split", ["val/normal", "test/normal", "test/abnormal"])
+def test_a_subject_on_two_sides_is_refused(processed, tmp_path, split):
+    shutil.copytree(processed, tmp_path / "data")
+    scan = next(list_scans(processed / "train"))
+    shutil.copytree(scan.folder, tmp_path / "data" / split / "another_session")
+    with pytest.raises(DataError, match=f"subject {scan.subject} is in"):
+        training.main(["--data", str(tmp_path / "data"), "--run", str(tmp_path / "run"), *TINY])
+
+
+def test_slices_made_otherwise_are_refused(processed, tmp_path):
+    shutil.copytree(processed, tmp_path / "data")
+    record = next(list_scans(tmp_path / "data/val")).folder / "scan.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"keep": 0.77}))
+    with pytest.raises(DataError, match=r"made with keep 0\.77"):
+        find_training_scans(tmp_path / "data", 0.4, 0)
+
+
+def take_config(monkeypatch, *flags) -> dict:
+    """The configuration that these flags give."""
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config, *_: seen.append(config))
+    assert training.main([*flags, "--device", "cpu"]) == 0
+    return seen[0]
+
+
+def test_defaults(monkeypatch):
+    dae, cae = (take_config(monkeypatch, "--model", model) for model in ("dae", "cae"))
+    assert dae["network"] == {"model": "dae", "width": 64, "depth": 3}
+    assert cae["network"] == {"model": "cae", "width": 32, "latent": 64}
+    assert (dae["steps"], cae["steps"]) == (50000, 3000)
+    assert take_config(monkeypatch)["network"]["model"] == "dae"
+    kept = {"batch_size": 16, "lr": 1e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
+    assert {name: dae[name] for name in kept} == kept
+    given = take_config(monkeypatch, "--width", "8", "--steps", "7", "--lr", "0.5", "--depth", "2", "--seed", "4")
+    assert given["network"] == {"model": "dae", "width": 8, "depth": 2}
+    assert (given["steps"], given["lr"], given["seed"]) == (7, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--steps", "0"], ["--lr", "-1"], ["--val-fraction", "0"], ["--val-fraction", "1"], ["--width", "0"]]
+)
+def test_flags_out_of_range_are_wrong_usage(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.main(flags)
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
 def test_no_slices_is_one_line(tmp_path):
     with pytest.raises(DataError, match=r"preprocess_oasis\.py first"):
         training.main(["--data", str(tmp_path), "--run", str(tmp_path / "run")])
-
-
-def test_each_turn_visits_every_slice_once():
-    seen = np.concatenate([pick_batch(step, 5, 10, seed=3) for step in range(4)])
-    assert sorted(seen[:10]) == list(range(10))
-    assert sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
-    np.testing.assert_array_equal(pick_batch(3, 5, 10, seed=3), seen[15:])
-
-
-def test_learning_rate_rises_then_falls_to_zero():
-    rates = [schedule_learning_rate(step, 1000, 1e-3) for step in range(1000)]
-    assert max(rates) == pytest.approx(1e-3)
-    assert np.argmax(rates) == 39
-    assert rates[0] < 1e-4
-    assert rates[-1] < 1e-7
-    assert (np.diff(rates[40:]) <= 0).all()
 
 
 def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(processed, tmp_path, monkeypatch):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "60"]  # rows at 12, 24, …
     train_step = Trainer.train_step
 
-    def spoil(self, clean, steps=(29,)):
+    def break_weights(self, clean, steps=(29,)):
         if self.step in steps:
             next(self.model.parameters()).data.fill_(math.nan)
         return train_step(self, clean)
 
-    monkeypatch.setattr(Trainer, "train_step", spoil)
+    monkeypatch.setattr(Trainer, "train_step", break_weights)
     with pytest.raises(DataError, match=r"not a number at step 30; last\.pt holds step 24"):
         training.main(command)
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert state["step"] == 24
     assert all(values.isfinite().all() for values in state["model"].values())
     assert not (tmp_path / "run/model.pt").exists()
-    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: spoil(self, clean, steps=(0,)))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: break_weights(self, clean, steps=(0,)))
     with pytest.raises(DataError, match="not a number at step 1; nothing was saved yet"):
         training.main([*command, "--run", str(tmp_path / "other")])
 
@@ -251,35 +261,18 @@ def test_a_long_epoch_is_saved_on_the_way(processed, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 20
 
 
-def test_a_burst_of_the_gradient_is_cut(processed, tmp_path, monkeypatch):
-    sum_squares, update_weights, norms = trainer.sum_squares, Trainer.update_weights, []
-
-    def update_and_look(self):
-        update_weights(self)
-        norms.append(torch.stack([values.grad.norm() for values in self.model.parameters()]).norm().item())
-
-    def burst(reconstruction, target):
-        squares, pixels = sum_squares(reconstruction, target)
-        return 1e6 * squares, pixels
-
-    monkeypatch.setattr(Trainer, "update_weights", update_and_look)
-    monkeypatch.setattr(trainer, "sum_squares", burst)
-    assert training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]) == 0
-    assert max(norms) == pytest.approx(trainer.LARGEST_GRADIENT, rel=1e-3)
-
-
 def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypatch):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step
 
-    def spoil(self, clean):
+    def break_weights(self, clean):
         loss = train_step(self, clean)
         if self.step == 2:
             next(self.model.parameters()).data.fill_(math.inf)
             signal.raise_signal(signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(Trainer, "train_step", spoil)
+    monkeypatch.setattr(Trainer, "train_step", break_weights)
     with pytest.raises(DataError, match="weights are not numbers after step 2"):
         training.main(command)
     assert not (tmp_path / "run/last.pt").exists()

@@ -1,4 +1,4 @@
-"""The slice store: the only place that knows how slices stand on disk.
+"""The slice store: the only place that knows how slices are stored.
 
     <processed>/<split>/<label>/<scan>/slice_087.npy   one axial slice, (size, size) float16 in [0, 1]
     <processed>/<split>/<label>/<scan>/scan.json       whose it is and how to go back to the scan's own grid
@@ -16,25 +16,53 @@ import io
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from common.files import hold_folder as hold_folder
-from preprocessing.scans import LABELS, DataError
+from common.cli import DataError
+from preprocessing.geometry import Geometry, Scale
+from preprocessing.scans import LABELS
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
 _SETTINGS: dict[tuple, tuple] = {}  # each combination once, whatever number of scans were made with it
 
 
+@dataclass(frozen=True)
+class LoadedScan:
+    """A scan in memory, from the store or straight from its file.
+
+    label         normal, abnormal, or empty where it is not known
+    stack         (n, size, size) float16 in [0, 1], the background exactly 0 and the brain above 0
+    lesion        (n, size, size) bool, or None where no lesion mask is known
+    scale         the scanner values that became 0 and 1, and the exponent (`geometry.scale_intensity`)
+    skull_off     whether the stack shows the brain alone
+    lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
+    brain_ml      volume of the brain mask, where the scan comes from its file
+    warnings      what a reader should know before trusting the scan
+    """
+
+    name: str
+    label: str
+    subject: str
+    source: str
+    stack: np.ndarray
+    lesion: np.ndarray | None
+    geometry: Geometry
+    scale: Scale
+    skull_off: bool
+    lesion_voxels: tuple[int, ...] | None = None
+    session: str = ""
+    age: float | None = None
+    sex: str | None = None
+    brain_ml: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
-class ScanSlices:
+class StoredScan:
     """A scan's folder in the store, and what an index of many thousand scans needs to know of each."""
 
     folder: Path
@@ -51,6 +79,10 @@ class ScanSlices:
         return self.folder.parent.name
 
     @property
+    def split(self) -> str:
+        return self.folder.parents[1].name
+
+    @property
     def size(self) -> int:
         """Pixels along each side of a slice."""
         return self.settings[0]
@@ -61,10 +93,34 @@ class ScanSlices:
         return _read_record(self.folder)
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry.from_record(self.record)
+
+    @property
     def source_hash(self) -> str:
-        """What tells the scan's own file from all others, whatever it is called: half of its SHA-256."""
+        """Identifies the scan's own file, whatever its name: half of its SHA-256."""
         record = self.record
         return record["sources"][Path(record["source"]).name][:32]
+
+    def load(self) -> LoadedScan:
+        """The scan with its slices. Raises DataError where one is broken."""
+        record = self.record
+        lesion_voxels = record.get("lesion_voxels")
+        return LoadedScan(
+            name=self.name,
+            label=self.label,
+            subject=self.subject,
+            source=record["source"],
+            stack=self.read_stack(),
+            lesion=self.read_lesion(),
+            geometry=Geometry.from_record(record),
+            scale=tuple(record["scale"]),
+            skull_off=record["skull_off"],
+            lesion_voxels=None if lesion_voxels is None else tuple(lesion_voxels),
+            session=record.get("session") or "",
+            age=record.get("age"),
+            sex=record.get("sex"),
+        )
 
     def read_stack(self) -> np.ndarray:
         """(n, size, size) float16 in [0, 1]."""
@@ -111,14 +167,14 @@ def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, recor
     elif folder.parent.name == "abnormal":
         shutil.rmtree(lesion_folder, ignore_errors=True)
     try:
-        _write_folder(folder, stack, record["slices"], record)  # last: a scan whose scan.json stands is complete
+        _write_folder(folder, stack, record["slices"], record)  # last: a scan with a scan.json is complete
     except OSError:
         if lesion is not None:
             shutil.rmtree(lesion_folder, ignore_errors=True)
         raise
 
 
-def read_scan(folder: Path) -> ScanSlices | None:
+def read_scan(folder: Path) -> StoredScan | None:
     """The scan in this folder, or None where it was not written to its end.
 
     What scan.json says is checked, so that nothing in it can lead to a file outside the folder.
@@ -136,8 +192,7 @@ def read_scan(folder: Path) -> ScanSlices | None:
         and type(record.get("size")) is int
     ):
         raise DataError(
-            f"{folder / 'scan.json'}: does not say subject, slices and size as it should; delete the folder, "
-            "preprocess again"
+            f"{folder / 'scan.json'}: lacks a valid subject, slices or size; delete the folder, preprocess again"
         )
     run = range(slices[0], slices[-1] + 1)
     settings = tuple(record.get(setting) for setting in SAME_SETTINGS)
@@ -145,10 +200,10 @@ def read_scan(folder: Path) -> ScanSlices | None:
         settings = _SETTINGS.setdefault(settings, settings)
     except TypeError as error:
         raise DataError(f"{folder / 'scan.json'}: its settings are no values; delete it, preprocess again") from error
-    return ScanSlices(folder, record["subject"], run if slices == list(run) else tuple(slices), settings)
+    return StoredScan(folder, record["subject"], run if slices == list(run) else tuple(slices), settings)
 
 
-def list_scans(root: Path) -> Iterator[ScanSlices]:
+def list_scans(root: Path) -> Iterator[StoredScan]:
     """The finished scans under a folder of the store at any depth (a split, a label or the whole), in order of path."""
     for place, folders, _ in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "masks")
@@ -157,7 +212,7 @@ def list_scans(root: Path) -> Iterator[ScanSlices]:
             folders.clear()  # what lies in a scan's folder is in its scan.json: 100 slices a scan need not be listed
 
 
-def check_same_settings(scans: list[ScanSlices], like: dict | None = None) -> dict:
+def check_same_settings(scans: list[StoredScan], like: dict | None = None) -> dict:
     """The settings that these scans' slices were made with, {setting: value}.
 
     DataError names the first scan made otherwise than the first one, or than `like`, what a model was trained on.
@@ -175,83 +230,6 @@ def check_same_settings(scans: list[ScanSlices], like: dict | None = None) -> di
                 "preprocess all scans the same way"
             )
     return first
-
-
-class SliceDataset(Dataset):
-    """The slices of some scans as a torch Dataset, held in memory (190 MB for 5,800 slices) or read when asked for.
-
-    An item is one slice, (C, size, size) float32 in [0, 1]; a list of indices gives a batch (B, C, size, size) at once.
-    In memory means that of the device, and items are on the device.
-
-    find_neighbours  given the spacing of a scan's slices in mm, which slices an item holds as its C channels, counted
-                     from its own; at the ends of a stack the last one stands for those beyond. None: itself alone
-    """
-
-    def __init__(
-        self,
-        scans: list[ScanSlices],
-        in_memory: bool = True,
-        device: torch.device | str = "cpu",
-        find_neighbours: Callable[[float], tuple[int, ...]] | None = None,
-    ):
-        check_same_settings(scans)
-        neighbours = [find_neighbours(scan.record["spacing_mm"][2]) if find_neighbours else (0,) for scan in scans]
-        self.neighbours = np.array(neighbours)  # (scans, C)
-        self.scans, self.device = scans, torch.device(device)
-        self.ends = np.cumsum([len(scan.indices) for scan in scans])
-        self.slices = None
-        if in_memory:
-            slices = torch.empty((len(self), scans[0].size, scans[0].size), dtype=torch.float16)
-            for scan, end in zip(scans, self.ends, strict=True):
-                slices[end - len(scan.indices) : end] = torch.from_numpy(scan.read_stack())
-            self.slices = slices.to(self.device)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index) -> torch.Tensor:
-        if isinstance(index, slice):
-            index = range(*index.indices(len(self)))
-        slices = self._gather(np.atleast_1d(index)).float()
-        return slices if np.ndim(index) else slices[0]
-
-    def in_order(self, batches: Iterable, readers: int = 4) -> Iterator[torch.Tensor]:
-        """The batches with these indices one after the other; from disk, `readers` threads are that many ahead."""
-        if self.slices is not None:
-            yield from map(self.__getitem__, batches)
-            return
-        with ThreadPoolExecutor(readers) as pool:
-            waiting = deque()
-            for indices in batches:
-                waiting.append(pool.submit(self._gather, np.asarray(indices)))
-                if len(waiting) > readers:
-                    yield waiting.popleft().result().float()
-            while waiting:
-                yield waiting.popleft().result().float()
-
-    def _gather(self, indices: np.ndarray) -> torch.Tensor:
-        """(B, C, size, size) float16 of these slices with their neighbours, on the device.
-
-        It makes no arithmetic in torch: in a reader's thread that would start threads of OpenMP there too, and with
-        more of them than cores all wait for each other in a slower way, for the rest of the training.
-        """
-        scans = np.searchsorted(self.ends, indices, side="right")
-        starts = np.concatenate([[0], self.ends])[scans]
-        windows = np.clip(indices[:, None] + self.neighbours[scans], starts[:, None], self.ends[scans, None] - 1)
-        if self.slices is not None:
-            return self.slices[self._send(torch.from_numpy(windows))]
-        read = np.stack([self._read(i) for i in windows.ravel()], dtype=np.float16, casting="same_kind")
-        return self._send(torch.from_numpy(read)).unflatten(0, windows.shape)
-
-    def _read(self, index: int) -> np.ndarray:
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        scan = self.scans[number]
-        place = int(index - self.ends[number])  # counted from the end of its scan
-        return read_slice(scan.folder / name_slice(scan.indices[place]), scan.size)
-
-    def _send(self, values: torch.Tensor) -> torch.Tensor:
-        """To the device without waiting for what it is busy with."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
 
 def _read_record(folder: Path) -> dict:

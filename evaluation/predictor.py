@@ -1,0 +1,153 @@
+"""Takes a scan to everything that is known of it: reconstruction, maps, scores, p-values, regions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.cli import DataError
+from common.device import PRECISIONS
+from evaluation.regions import list_regions
+from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, score_slices
+from models.baselines import map_brightness, map_deviation
+from models.calibration import Calibration
+from models.checkpoint import load_model
+from preprocessing.store import LoadedScan
+
+DETECTORS = {
+    "score": "anomaly map of the model",
+    "mse": "plain reconstruction error",
+    "bright": "intensity threshold, bright",
+    "dark": "intensity threshold, dark",
+    "deviation": "z-score of intensity",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A scan with everything that was predicted of it; NumPy arrays.
+
+    reconstruction  (n, H, W) float32, 0 outside the brain
+    maps            {detector: (n, H, W) float32, NaN outside the brain}; all DETECTORS, or the model's alone
+    native_map      (I, J, K) float32: the anomaly map on the scan's own grid, NaN where nothing was scored
+    regions         connected regions of the native map at or above the threshold, the largest first
+    slice_rows      a row for each slice, as scores.csv has them
+    scan_row        the scan's row, as scans.csv has it
+    threshold       the calibrated threshold of a voxel, in units of the scan's median
+    """
+
+    scan: LoadedScan
+    reconstruction: np.ndarray
+    maps: dict[str, np.ndarray]
+    native_map: np.ndarray
+    regions: list[dict]
+    slice_rows: list[dict]
+    scan_row: dict
+    threshold: float
+
+    @property
+    def anomaly(self) -> np.ndarray:
+        """(n, H, W) the model's anomaly map."""
+        return self.maps["score"]
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4) of the native map, to scanner mm."""
+        return np.array(self.scan.geometry.affine)
+
+    def rank_slices(self) -> list[int]:
+        """The places of the scan's slices in its stack, the highest score first."""
+        return sorted(range(len(self.slice_rows)), key=lambda i: -self.slice_rows[i]["score"])
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with its calibration, and what is asked of its predictions.
+
+    slices               the settings that its training slices were made with
+    seen                 the hashes of the scans that it was trained or calibrated on
+    false_positive_rate  a scan is flagged where its p-value is at most this
+    smallest_ml          smaller regions are not listed
+    """
+
+    model: nn.Module
+    calibration: Calibration
+    slices: dict
+    seen: frozenset[str]
+    precision: torch.dtype
+    batch_size: int = 32
+    false_positive_rate: float = 0.05
+    smallest_ml: float = 0.1
+
+    @classmethod
+    def load(cls, model_path: Path, device: torch.device, **options) -> Predictor:
+        """The predictor of a run's model.pt; options are its fields from `batch_size` on. DataError with the cure."""
+        model, content = load_model(model_path, device)
+        if "seen" not in content:
+            raise DataError(
+                f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
+                "calibrates where last.pt is whole"
+            )
+        return cls(
+            model=model.to(memory_format=torch.channels_last),
+            calibration=Calibration.from_state(content["calibration"]).to(device),
+            slices=content["slices"],
+            seen=frozenset(content["seen"]),
+            precision=PRECISIONS[content["precision"]],
+            **options,
+        )
+
+    def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
+        """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it."""
+        stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
+        sampling_mm = scan.geometry.sampling_mm
+        reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
+        squares = (stack.float() - reconstruction) ** 2
+        maps = {
+            "score": map_anomalies(stack, reconstruction, sampling_mm, self.calibration),
+            "mse": torch.where(stack > 0, squares, torch.nan),
+        }
+        if baselines:
+            brightness = map_brightness(stack)
+            deviation = map_deviation(stack, sampling_mm, self.calibration)
+            maps |= {"bright": brightness, "dark": 1 - brightness, "deviation": deviation}
+        slice_scores = {name: score_slices(values) for name, values in maps.items()}
+        slice_scores["mse"] = score_mse(stack, reconstruction)
+        scan_scores = {name: score_scan(values) for name, values in maps.items()}
+        scan_scores["mse"] = float(slice_scores["mse"].mean())
+        maps = {name: values.cpu().numpy() for name, values in maps.items()}
+        threshold = self.calibration.voxel_threshold
+        native_map = scan.geometry.restore(maps["score"])
+        return Prediction(
+            scan=scan,
+            reconstruction=reconstruction.cpu().numpy(),
+            maps=maps,
+            native_map=native_map,
+            regions=list_regions(native_map, np.array(scan.geometry.affine), threshold, self.smallest_ml),
+            slice_rows=self._list_slices(scan, slice_scores),
+            scan_row=self._describe_scan(scan, scan_scores),
+            threshold=threshold,
+        )
+
+    def _list_slices(self, scan: LoadedScan, scores: dict[str, torch.Tensor]) -> list[dict]:
+        p_values = self.calibration.p_values_of_slices(scores["score"]).tolist()
+        columns = {name: values.tolist() for name, values in scores.items()}
+        lesion_voxels = scan.lesion_voxels or [0] * len(p_values)
+        who = {"label": scan.label, "scan": scan.name, "subject": scan.subject}
+        return [
+            who
+            | {"slice": index, "lesion_voxels": lesion_voxels[i], "p_value": p_values[i]}
+            | {name: values[i] for name, values in columns.items()}
+            for i, index in enumerate(scan.geometry.slices)
+        ]
+
+    def _describe_scan(self, scan: LoadedScan, scores: dict[str, float]) -> dict:
+        p_value = float(self.calibration.p_values_of_scans(scores["score"]))
+        who = {"label": scan.label, "scan": scan.name, "subject": scan.subject}
+        flagged = p_value <= self.false_positive_rate
+        known = {"lesion_known": scan.lesion is not None, "p_value": p_value, "flagged": flagged}
+        return who | known | scores | {"age": scan.age, "sex": scan.sex}

@@ -1,0 +1,49 @@
+"""Connected regions of an anomaly map on the scan's own grid, and where in the brain they lie."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from skimage.measure import regionprops
+
+MIDLINE_MM = 5.0  # a region whose centre is nearer to the middle of the brain is on neither side
+
+
+def list_regions(anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float) -> list[dict]:
+    """Regions of a map (I, J, K), NaN where nothing was scored, at or above the threshold, the largest first.
+
+    affine (4, 4) to scanner mm. Voxels are connected over faces. Each region with its volume (ml), its centre weighted
+    by the anomaly in scanner mm (RAS+), the side of the subject's brain that it is on, its highest and mean anomaly.
+    """
+    values = np.nan_to_num(anomaly)
+    flagged = np.isfinite(anomaly) & (values >= threshold)
+    if not flagged.any():
+        return []
+    middle = nib.affines.apply_affine(affine, np.argwhere(np.isfinite(anomaly)).mean(axis=0))[0]
+    box = ndimage.find_objects(flagged.astype(np.uint8))[0]  # regions hardly fill a tenth of the grid
+    labels, _ = ndimage.label(flagged[box])
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    regions = []
+    for region in regionprops(labels, values[box]):
+        volume_ml = region.area * voxel_ml
+        if volume_ml < smallest_ml:
+            continue
+        centre = np.array(region.centroid_weighted) + [side.start for side in box]
+        x, y, z = (float(place) for place in nib.affines.apply_affine(affine, centre))
+        regions.append(
+            {
+                "volume_ml": float(volume_ml),
+                **{"x_mm": x, "y_mm": y, "z_mm": z},
+                **{"peak": float(region.intensity_max), "mean": float(region.intensity_mean)},
+                "side": name_side(x - middle),
+            }
+        )
+    return sorted(regions, key=lambda region: -region["volume_ml"])
+
+
+def name_side(x_mm: float) -> str:
+    """left, right or middle, from a distance to the brain's middle that grows to the subject's right."""
+    if abs(x_mm) < MIDLINE_MM:
+        return "middle"
+    return "right" if x_mm > 0 else "left"

@@ -1,0 +1,121 @@
+"""What an evaluation keeps of its scans, rows and counts but never their voxels; and the figures of all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation.metrics import (
+    VOLUME_BINS,
+    VoxelCounts,
+    auroc,
+    average_precision,
+    list_lesions,
+    measure_detectability,
+    name_volume,
+    rate,
+)
+from evaluation.predictor import DETECTORS, Prediction
+from preprocessing.layouts import CONTRAST
+from preprocessing.scans import LABELS
+
+LESION_VOXELS = 10  # a slice with fewer lesion voxels on the scan's own grid does not count as abnormal
+AGE_EDGES = (30, 45, 60, 75)
+AGE_GROUPS = ("under 30", "30 to 44", "45 to 59", "60 to 74", "75 and above")
+
+
+class Results:
+    """The rows of slices, scans, regions and lesions, and the voxel counts of each detector.
+
+    kinds  {scan: kind of its lesions}, with or without the scan's contrast (`_T1w`)
+    """
+
+    def __init__(self, kinds: dict[str, str]):
+        self.kinds = kinds
+        self.slices, self.scans, self.regions, self.lesions = [], [], [], []
+        self.voxels = {name: VoxelCounts() for name in DETECTORS}
+
+    def add(self, prediction: Prediction) -> None:
+        """Keep what is needed of a prediction that has the baselines' maps as well."""
+        scan = prediction.scan
+        self.slices += prediction.slice_rows
+        self.scans.append(prediction.scan_row)
+        self.regions += [{"label": scan.label, "scan": scan.name} | region for region in prediction.regions]
+        if scan.lesion is None:
+            return
+        for name, values in prediction.maps.items():
+            brain = np.isfinite(values)
+            self.voxels[name].add(scan.subject, values[brain], scan.lesion[brain])
+        kind = self.kinds.get(scan.name) or self.kinds.get(CONTRAST.sub("", scan.name))
+        who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
+        lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
+        self.lesions += [who | lesion for lesion in lesions]
+
+    def list_judged(self) -> list[dict]:
+        """The slices that slice figures are about: those that hold a lesion, and all slices of normal scans.
+
+        Where no lesion masks are known, every slice of an abnormal scan counts as abnormal.
+        """
+        masks_known = all(row["lesion_known"] for row in self.scans)
+        return [
+            row
+            for row in self.slices
+            if row["label"] == "normal" or not masks_known or row["lesion_voxels"] >= LESION_VOXELS
+        ]
+
+    def count(self) -> dict:
+        """How many scans of each label, slices, subjects and lesions there are."""
+        counts = {label: sum(row["label"] == label for row in self.scans) for label in LABELS}
+        subjects = {row["subject"] for row in self.scans}
+        return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)}
+
+    def measure(self, threshold: float, quiet: bool) -> dict[str, dict]:
+        """All figures by detector, each with how much stands behind it.
+
+        threshold: the calibrated one of the anomaly map, for the Dice that needs no labels to choose it.
+        """
+        bar = tqdm(DETECTORS, desc="measuring", unit="detector", disable=quiet or None)
+        return {name: self._measure_detector(name, threshold if name == "score" else None) for name in bar}
+
+    def _measure_detector(self, name: str, threshold: float | None) -> dict:
+        figures = {}
+        for level, rows in (("slice", self.list_judged()), ("scan", self.scans)):
+            scores, subjects = ([row[key] for row in rows] for key in (name, "subject"))
+            labels = [row["label"] == "abnormal" for row in rows]
+            if any(labels) and not all(labels):
+                behind = {"subjects": len(set(subjects)), "scans": len({(r["label"], r["scan"]) for r in rows})}
+                behind |= {"slices": len(rows)} if level == "slice" else {}
+                figures[f"{level}_auroc"] = auroc(labels, scores, subjects) | behind
+                figures[f"{level}_ap"] = average_precision(labels, scores, subjects) | behind
+        if self.voxels[name].hold_lesions() and all(row["lesion_known"] for row in self.scans):
+            counts = self.count()
+            behind = {key: counts[key] for key in ("subjects", "slices", "lesions")} | {"scans": len(self.scans)}
+            voxels = self.voxels[name].figures(threshold)
+            figures |= {key: value | behind if isinstance(value, dict) else value for key, value in voxels.items()}
+        return figures
+
+    def measure_lesions(self) -> dict[str, list[dict]]:
+        """Recall and Dice of lesions by volume and, where known, by kind."""
+        kinds = sorted({row["kind"] for row in self.lesions if row["kind"]})
+        by = {"volume": measure_detectability(self.lesions, name_volume, VOLUME_BINS)}
+        by["kind"] = measure_detectability(self.lesions, lambda row: row["kind"], kinds)
+        return {what: groups for what, groups in by.items() if groups}
+
+    def count_flagged(self) -> dict:
+        """How many scans were flagged, by label, and of the normal ones by sex and age group."""
+        flagged = {label: [row["flagged"] for row in self.scans if row["label"] == label] for label in LABELS}
+        counts = {label: rate(flags) for label, flags in flagged.items() if flags}
+        normal = [row for row in self.scans if row["label"] == "normal"]
+        for what, name, groups in (("sex", name_sex, ("F", "M")), ("age", name_age, AGE_GROUPS)):
+            by = {group: [row["flagged"] for row in normal if name(row) == group] for group in groups}
+            if any(by.values()):
+                counts[f"normal_by_{what}"] = {group: rate(flags) for group, flags in by.items() if flags}
+        return counts
+
+
+def name_sex(row: dict) -> str | None:
+    return row["sex"]
+
+
+def name_age(row: dict) -> str | None:
+    return None if row["age"] is None else AGE_GROUPS[int(np.searchsorted(AGE_EDGES, row["age"], side="right"))]

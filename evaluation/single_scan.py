@@ -1,0 +1,125 @@
+"""From a scan's file to a verdict: score, p-value, regions, maps and a picture."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.cli import DataError, log
+from common.files import write_figure
+from evaluation.input_check import find_mismatches
+from evaluation.nifti import write_maps
+from evaluation.panels import draw_panels
+from evaluation.predictor import Prediction, Predictor
+from evaluation.test_set import explain_no_flag
+from preprocessing.worker import CutSettings, cut_scan
+
+SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
+REGIONS_LISTED = 10
+
+
+@dataclass(frozen=True)
+class ScanFiles:
+    """Scans to predict, each with its brain mask or None, and how they are read.
+
+    axes    where the stored axes point to, for a header that does not tell
+    volume  which volume of a file with several, from 0
+    bar     whether a progress bar is shown
+    """
+
+    files: list[tuple[Path, Path | None]]
+    out: Path
+    axes: str | None
+    volume: int | None
+    bar: bool
+
+
+def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
+    """Take scans from their files to a verdict; returns (exit code, all that was found, as plain values)."""
+    scans.out.mkdir(parents=True, exist_ok=True)
+    found, skipped = [], []
+    for path, mask in tqdm(scans.files, desc="predicting", unit="scan", disable=None if scans.bar else True):
+        try:
+            found.append(predict_file(path, mask, scans, predictor))
+        except DataError as error:
+            if len(scans.files) == 1:
+                raise
+            log.warning("skipped %s", error)
+            skipped.append({"file": str(path), "why": str(error)})
+    if not found:
+        raise DataError(f"{scans.files[0][0]}: not one of the {len(scans.files)} scans could be used; see above")
+    asked = {"false_positive_rate": predictor.false_positive_rate, "normal_scans": predictor.calibration.normal_scans}
+    return 3 if skipped else 0, asked | {"scans": found, "skipped": skipped}
+
+
+def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Predictor) -> dict:
+    """One scan's verdict, logged and returned; leaves its maps and a picture of its worst slices in `out`."""
+    for file in (path, mask):
+        if file and not file.is_file():
+            raise DataError(f"{file}: no such file; give --scan and --brain-mask files that are there")
+    slices = predictor.slices
+    cut = CutSettings(slices["keep"], slices["size"], slices["size"] * slices["pixel_mm"], scans.volume)
+    scan = cut_scan(path, mask, cut, scans.axes)
+    mismatches = [*scan.warnings, *find_mismatches(scan, predictor)]
+    prediction = predictor.predict(scan, baselines=False)
+    write_maps(scans.out / scan.name, prediction)
+    shown = choose_apart(prediction)
+    row = prediction.scan_row
+    title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its worst slices"
+    write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
+    files = {"map": f"{scan.name}_anomaly.nii.gz", "mask": f"{scan.name}_mask.nii.gz", "picture": f"{scan.name}.png"}
+    reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
+    verdict = "no verdict" if reason else "unusual" if row["flagged"] else "not unusual"
+    log_verdict(prediction, verdict, mismatches, predictor)
+    log.info("  %s in %s", ", ".join(files.values()), scans.out)
+    return {
+        "file": str(path),
+        "verdict": verdict,
+        "score": row["score"],
+        "p_value": row["p_value"],
+        "threshold": prediction.threshold,
+        "unlike_training": mismatches,
+        "regions": prediction.regions,
+        "slices": [{key: prediction.slice_rows[i][key] for key in ("slice", "score")} for i in shown],
+        "files": {what: str(scans.out / name) for what, name in files.items()},
+    }
+
+
+def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], predictor: Predictor) -> None:
+    """Log what a person reads of one scan, its mismatches first: they are heard even where the rest is silent."""
+    row, regions, known = prediction.scan_row, prediction.regions, predictor.calibration.normal_scans
+    log.info(prediction.scan.source)
+    level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.WARNING
+    for mismatch in mismatches:
+        log.log(level, "  unlike what the model was trained on: %s", mismatch)
+    rate = predictor.false_positive_rate
+    p_value = f"score {row['score']:.2f}, p = {row['p_value']:.3f} ({known} healthy validation scans)"
+    log.info("  %s at a false-positive rate of %g: %s", verdict, rate, p_value)
+    if reason := explain_no_flag(rate, known):
+        log.info("  %s", reason)
+    log.info(
+        "  %d regions of at least %g ml, at %.1f times the scan's median or more",
+        len(regions),
+        predictor.smallest_ml,
+        prediction.threshold,
+    )
+    for region in regions[:REGIONS_LISTED]:
+        place = ", ".join(f"{region[f'{axis}_mm']:.0f}" for axis in "xyz")
+        log.info(
+            "%s",
+            f"    {region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}",
+        )
+    if len(regions) > REGIONS_LISTED:
+        log.info("    and %d smaller ones", len(regions) - REGIONS_LISTED)
+
+
+def choose_apart(prediction: Prediction, count: int = 4) -> list[int]:
+    """The places of the worst slices, the worst of all first, with SHOWN_APART_MM between any two."""
+    chosen, spacing_mm = [], prediction.scan.geometry.slice_spacing_mm
+    for i in prediction.rank_slices():
+        if all(abs(i - other) * spacing_mm >= SHOWN_APART_MM for other in chosen):
+            chosen.append(i)
+    return chosen[:count]

@@ -1,0 +1,237 @@
+"""Evaluates a model on a test set: every scan of the store to maps, pictures and rows; then figures and the report."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.cli import DataError, log
+from common.files import hold_folder, write_atomically, write_table
+from evaluation.figures import draw_figures
+from evaluation.input_check import refuse_seen
+from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.panels import draw_scan
+from evaluation.predictor import DETECTORS, Predictor
+from evaluation.report import VIEWERS, make_viewer, write_report
+from evaluation.results import Results
+from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
+from models.calibration import count_needed_scans
+from preprocessing.scans import LABELS
+from preprocessing.store import StoredScan, check_same_settings, list_scans
+
+REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean")
+LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
+FOLDERS = ("error_maps", "montages", "maps", "bids")  # of pictures and maps, a file a scan
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What is evaluated and what it leaves.
+
+    run, data, out  folders: of the training run, of the slices, of the evaluation
+    maps, bids      whether NIfTI maps are written, plain and as a BIDS derivative
+    panels          slices drawn of each scan: "worst", "all" or how many
+    lesions         csv with the columns scan and kind; None: kinds are not known
+    quiet           no progress bars
+    flags           the flags as metrics.json keeps them
+    """
+
+    run: Path
+    data: Path
+    out: Path
+    maps: bool
+    bids: bool
+    panels: str
+    lesions: Path | None
+    quiet: bool
+    flags: dict
+
+
+def evaluate(test_set: TestSet, predictor: Predictor) -> tuple[int, dict]:
+    """(exit code: 0, or 3 where scans were skipped; what metrics.json says)."""
+    scans = find_scans(test_set, predictor)
+    kinds = read_kinds(test_set.lesions) if test_set.lesions else {}
+    with hold_folder(test_set.out, "--out"):
+        return fill_folder(test_set, predictor, scans, kinds)
+
+
+def fill_folder(
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict[str, str]
+) -> tuple[int, dict]:
+    """Leave all that an evaluation leaves, metrics.json last; returns what `evaluate` does."""
+    settings = describe_settings(test_set, predictor, scans, kinds)
+    if content := clear_folder(test_set.out, settings):
+        log.info("%s holds this evaluation already; delete it to evaluate again", test_set.out)
+        log_figures(content)
+        return 3 if content["counts"]["skipped"] else 0, content
+    results, skipped = predict_scans(test_set, predictor, scans, kinds)
+    content = {
+        "settings": settings,
+        "flags": test_set.flags,
+        "run": str(test_set.run),
+        "data": str(test_set.data),
+        "counts": results.count() | {"skipped": skipped},
+        "calibration": {
+            "normal_scans": predictor.calibration.normal_scans,
+            "voxel_threshold": predictor.calibration.voxel_threshold,
+        }
+        | {
+            f"{level}_score": predictor.calibration.flag_score(level, predictor.false_positive_rate)
+            for level in ("scan", "slice")
+        },
+        "flagged": results.count_flagged(),
+        "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
+        "detectability": results.measure_lesions(),
+    }
+    write_results(test_set, predictor, results, content)
+    log_figures(content)
+    log.info("%s; look at %s", describe_counts(content), test_set.out / "report.html")
+    return 3 if skipped else 0, content
+
+
+def find_scans(test_set: TestSet, predictor: Predictor) -> list[StoredScan]:
+    """The scans of the test set. DataError where there is none, or the model cannot be asked about them."""
+    data = test_set.data
+    scans = [scan for label in LABELS for scan in list_scans(data / label)]
+    if not scans:
+        raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
+    check_same_settings(scans, predictor.slices)
+    refuse_seen(scans, predictor)
+    return scans
+
+
+def read_kinds(path: Path) -> dict[str, str]:
+    """{scan: kind of its lesions} from a table with these two columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["scan"]: row["kind"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give --lesions a table as csv") from error
+    except KeyError as error:
+        raise DataError(f"{path}: has no column {error}; name its columns scan and kind") from error
+
+
+def describe_settings(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> dict:
+    """All that decides the result: an evaluation with the same settings is there already."""
+    return {
+        "model": hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest(),
+        "data": hash_records(scans),
+        "kinds": hashlib.sha256(json.dumps(kinds).encode()).hexdigest() if kinds else None,
+        "maps": test_set.maps,
+        "bids": test_set.bids,
+        "panels": test_set.panels,
+        "false_positive_rate": predictor.false_positive_rate,
+        "smallest_ml": predictor.smallest_ml,
+    }
+
+
+def hash_records(scans: list[StoredScan]) -> str:
+    """Which scans these are and how they were cut, as a hash."""
+    hashed = hashlib.sha256()
+    for scan in scans:
+        hashed.update(json.dumps([scan.label, scan.name, scan.record]).encode())
+    return hashed.hexdigest()
+
+
+def clear_folder(out: Path, settings: dict) -> dict | None:
+    """What metrics.json says if the folder holds this evaluation; else None, and nothing of an older one is left."""
+    done = out / "metrics.json"
+    if done.exists():
+        content = json.loads(done.read_text(encoding="utf-8"))
+        if content["settings"] == settings:
+            return content
+        done.unlink()  # first: it is written last and says that the rest is whole
+        for folder in FOLDERS:
+            shutil.rmtree(out / folder, ignore_errors=True)
+    for folder in ("error_maps", "montages"):
+        for label in LABELS:
+            (out / folder / label).mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def predict_scans(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> tuple[Results, int]:
+    """Predict every scan and write its maps and pictures; (what is kept of them, how many could not be read)."""
+    out, results, skipped = test_set.out, Results(kinds), 0
+    if test_set.bids:
+        model = hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest()
+        write_bids_description(out / "bids", str(test_set.data), model)
+        bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
+    for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
+        try:
+            prediction = predictor.predict(stored.load())
+        except DataError as error:
+            log.warning("skipped %s", error)
+            skipped += 1
+            continue
+        if test_set.maps:
+            write_maps(out / "maps" / stored.label / stored.name, prediction)
+        if test_set.bids:
+            write_bids_maps(out / "bids", bids_names[number], prediction)
+        draw_scan(out, prediction, test_set.panels)
+        results.add(prediction)
+    if not results.scans:
+        raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
+    return results, skipped
+
+
+def write_results(test_set: TestSet, predictor: Predictor, results: Results, content: dict) -> None:
+    """Write the tables, the figures and the report; metrics.json last."""
+    out, name = test_set.out, test_set.run.name
+    write_table(out / "scores.csv", results.slices)
+    write_table(out / "scans.csv", results.scans)
+    write_table(out / "regions.csv", results.regions, REGION_COLUMNS)
+    write_table(out / "lesions.csv", results.lesions, LESION_COLUMNS)
+    write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode())
+    write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode())
+    pictures = draw_figures(out, results, content)
+    viewers = make_viewers(test_set, predictor, results.scans)
+    write_report(out, content, results, pictures, viewers)
+    write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
+
+
+def make_viewers(test_set: TestSet, predictor: Predictor, rows: list[dict]) -> dict[tuple[str, str], str]:
+    """{(label, scan): page of an orthogonal viewer} of the few scans with the highest scores."""
+    stored = {(scan.label, scan.name): scan for label in LABELS for scan in list_scans(test_set.data / label)}
+    worst = sorted(rows, key=lambda row: -row["score"])[:VIEWERS]
+    viewers = {}
+    for row in tqdm(worst, desc="viewers", unit="scan", disable=test_set.quiet or None):
+        key = row["label"], row["scan"]
+        # predicted again: keeping every scan's maps would fill the memory
+        viewers[key] = make_viewer(predictor.predict(stored[key].load(), baselines=False))
+    return viewers
+
+
+def log_figures(content: dict) -> None:
+    """The table that a person reads: a line a detector, a column a figure with its interval; then who was flagged."""
+    figures, rate = content["figures"], content["settings"]["false_positive_rate"]
+    names = [name for name in COLUMNS if name in figures["score"]]
+    log.info("%s", f"{'':30s}" + "".join(f"{name.replace('_', ' '):>22s}" for name in names))
+    for detector, title in DETECTORS.items():
+        cells = [figures[detector].get(name) for name in names]
+        text = (f"{c['value']:.3f} ({c['low']:.3f}-{c['high']:.3f})" if c else "" for c in cells)
+        log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
+    if "dice" in names:
+        log.info("best dice is an upper bound, chosen with the labels in sight; dice is at the calibrated threshold")
+    for label in LABELS:
+        if count := content["flagged"].get(label):
+            share = f"{count['flagged']} of {count['scans']}"
+            log.info("%s %s scans flagged at a false-positive rate of %g", share, label, rate)
+    if reason := explain_no_flag(rate, content["calibration"]["normal_scans"]):
+        log.info(reason)
+
+
+def explain_no_flag(rate: float, known: int) -> str | None:
+    """Why no scan can be flagged at this false-positive rate with so many normal validation scans; None: it can."""
+    if count_needed_scans(rate) <= known:
+        return None
+    least = -(-1000 // (known + 1)) / 1000
+    return (
+        f"no scan can be flagged at {rate:g}: that needs {count_needed_scans(rate)} normal validation scans, the model "
+        f"has {known}; ask for --false-positive-rate {least:g} or more, or validate on more scans"
+    )

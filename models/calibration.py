@@ -1,0 +1,280 @@
+"""What healthy scans show: the expected residual, the threshold of a voxel, and p-values for scores.
+
+It comes from validation scans alone, needs no lesions, and is stored in model.pt. A residual is divided by
+`expected_residual` of its sign and place, which is larger where anatomy varies, and by `texture_factor` of its sign and
+texture bin, which is larger where the reconstruction is less certain: folds are drawn less surely than white matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
+
+TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
+LEVELS = 16  # places along the inferior-superior axis at which healthy scans are described
+PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
+INTENSITY_SMOOTHING = (0.5, 1, 1)
+OVERALL_WEIGHT = 0.5  # of the overall mean at each place, in scans
+TEXTURE_PRIOR = 10  # pixels with a factor of 1 that are added to each texture bin
+VOXELS_FLAGGED = 0.002  # share of a healthy brain above the voxel threshold
+STATE_KEYS = {  # field: its key in model.pt
+    "expected_residual": "expected",
+    "texture_edges": "looks",
+    "texture_factor": "by_look",
+    "intensity": "intensity",
+    "scan_scores": "scan_scores",
+    "slice_scores": "slice_scores",
+    "voxel_threshold": "threshold",
+}
+Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What healthy validation scans show, float32. First index of signed arrays: 0 for positive residuals, else 1.
+
+    expected_residual  (2, LEVELS, H, W) root mean square of the residual by sign and place
+    texture_edges      (2, TEXTURE_BINS - 1) limits between the bins of the local mean and of the standard deviation
+    texture_factor     (2, TEXTURE_BINS, TEXTURE_BINS) what remains after the division by place, by sign and texture
+    intensity          (2, LEVELS, H, W) mean and standard deviation of the slices' values by place
+    scan_scores        (scans,) sorted
+    slice_scores       (slices,) sorted
+    voxel_threshold    the anomaly above which VOXELS_FLAGGED of a healthy brain lies
+    """
+
+    expected_residual: torch.Tensor
+    texture_edges: torch.Tensor
+    texture_factor: torch.Tensor
+    intensity: torch.Tensor
+    scan_scores: torch.Tensor
+    slice_scores: torch.Tensor
+    voxel_threshold: float
+
+    @classmethod
+    def fit(cls, scans: Sequence[Compared]) -> Calibration:
+        """Calibrate with healthy scans, read three times: (stack (n, H, W), reconstruction likewise, sampling_mm).
+
+        Each scan is mapped with what the other scans show: its own residuals would make it look more normal than a new
+        scan. A single scan has only itself.
+        """
+        draft, place_sums = _describe_places(scans)
+        texture_sums = [
+            _sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
+            for residual, brain, _, others in draft._leave_each_out(scans, place_sums)
+        ]
+        total = sum(texture_sums)
+        scan_scores, slice_scores, quantiles = [], [], []
+        shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
+        left_out = draft._leave_each_out(scans, place_sums)
+        for (residual, brain, sampling_mm, others), own in zip(left_out, texture_sums, strict=True):
+            others = replace(others, texture_factor=_expect_with_texture(_leave_out(total, own, len(scans))))
+            anomaly = smooth_map(others.normalise(residual, brain), sampling_mm)
+            scan_scores.append(score_scan(anomaly))
+            slice_scores.append(score_slices(anomaly))
+            quantiles.append(_find_quantiles(anomaly[brain], shares))
+        return replace(
+            draft,
+            texture_factor=_expect_with_texture(total),
+            scan_scores=torch.tensor(scan_scores, device=total.device).sort().values,
+            slice_scores=torch.cat(slice_scores).sort().values,
+            voxel_threshold=float(_find_quantiles(torch.cat(quantiles), 1 - VOXELS_FLAGGED)),
+        )
+
+    def _leave_each_out(
+        self, scans: Sequence[Compared], place_sums: torch.Tensor
+    ) -> Iterator[tuple[Residual, torch.Tensor, tuple[float, float], Calibration]]:
+        """Of each scan its residual, brain and sampling_mm, and this calibration with what the other scans expect."""
+        for stack, reconstruction, sampling_mm in scans:
+            residual = compute_residual(stack, reconstruction, sampling_mm)
+            others = _leave_out(place_sums, _sum_by_place(residual.values), len(scans))
+            yield residual, stack > 0, sampling_mm, replace(self, expected_residual=_expect_at_place(others))
+
+    @classmethod
+    def from_state(cls, state: dict) -> Calibration:
+        """The calibration that `to_state` wrote, on the devices of its tensors."""
+        values = {name: state[key] for name, key in STATE_KEYS.items()}
+        return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
+
+    def to_state(self) -> dict[str, torch.Tensor]:
+        """What model.pt keeps of it: float32 tensors on the CPU."""
+        return {key: torch.as_tensor(getattr(self, name)).float().cpu() for name, key in STATE_KEYS.items()}
+
+    def to(self, device: torch.device | str) -> Calibration:
+        """The same on another device."""
+        tensors = {name: getattr(self, name).to(device) for name in STATE_KEYS if name != "voxel_threshold"}
+        return replace(self, **tensors)
+
+    @property
+    def normal_scans(self) -> int:
+        """How many healthy scans it was made with."""
+        return len(self.scan_scores)
+
+    def normalise(self, residual: Residual, brain: torch.Tensor) -> torch.Tensor:
+        """|residual| / expected residual, in units of its median: (n, H, W) not yet smoothed, NaN outside the brain."""
+        size = brain[0].numel()
+        places = brain.flatten().nonzero()[:, 0]
+        pixel = places % size
+        values, mean, deviation = (part.flatten()[places] for part in (residual.values, *residual.texture))
+        below, share = (part[places // size] for part in _find_levels(len(brain), brain.device))
+        sign = (values <= 0).long()
+        lower = (sign * LEVELS + below) * size + pixel
+        expected = self.expected_residual.flatten()
+        expected = torch.lerp(expected[lower], expected[lower + size], share)
+        bins = [torch.bucketize(part, edges) for part, edges in zip((mean, deviation), self.texture_edges, strict=True)]
+        anomaly = values.abs() / (expected * self.texture_factor[sign, bins[0], bins[1]])
+        mapped = torch.full(brain.shape, torch.nan, device=brain.device)
+        mapped.view(-1)[places] = anomaly / max(find_median(anomaly), 1e-6)
+        return mapped
+
+    def expect_intensity(self, slices: int) -> torch.Tensor:
+        """(2, slices, H, W) mean and standard deviation of healthy values, for a stack of so many slices."""
+        below, share = _find_levels(slices, self.intensity.device)
+        return torch.lerp(self.intensity[:, below], self.intensity[:, below + 1], share[:, None, None])
+
+    def p_values_of_scans(self, scores: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """`compute_p_values` of scores of `score_scan`."""
+        return compute_p_values(scores, self.scan_scores)
+
+    def p_values_of_slices(self, scores: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """`compute_p_values` of scores of `score_slices`."""
+        return compute_p_values(scores, self.slice_scores)
+
+    def flag_score(self, level: str, false_positive_rate: float) -> float | None:
+        """The score of a "scan" or a "slice" above which its p-value is at most this rate (< 1).
+
+        Up to this score, too many healthy scores are as high. None where no p-value can be so small.
+        """
+        healthy = self.scan_scores if level == "scan" else self.slice_scores
+        allowed = math.floor(false_positive_rate * (len(healthy) + 1) + 1e-9) - 1  # healthy scores that may be as high
+        return float(healthy[len(healthy) - 1 - allowed]) if allowed >= 0 else None
+
+
+def compute_p_values(scores: float | Sequence[float] | torch.Tensor, healthy: torch.Tensor) -> torch.Tensor:
+    """Conformal p-values (Vovk et al., 2005), float64: (1 + healthy scores that are as high) / (1 + healthy scores).
+
+    scores (n,) or a number, healthy (m,) sorted. If a new healthy scan is exchangeable with those of the calibration,
+    p <= alpha has a probability of at most alpha; p is at least 1 / (m + 1).
+    """
+    healthy = healthy.double()
+    scores = torch.as_tensor(scores, dtype=torch.float64, device=healthy.device)
+    as_high = len(healthy) - torch.searchsorted(healthy, scores)
+    return (1 + as_high.double()) / (1 + len(healthy))
+
+
+def count_needed_scans(false_positive_rate: float) -> int:
+    """The number of healthy validation scans without which no p-value is as small as this rate."""
+    return math.ceil(1 / false_positive_rate - 1e-9) - 1
+
+
+def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tensor]:
+    """(a calibration without texture factors and scores, the sums over all scans by `_sum_by_place`)."""
+    place_sums, edges, intensity_sums = 0, [], 0
+    shares = torch.arange(1, TEXTURE_BINS, dtype=torch.float64) / TEXTURE_BINS
+    for stack, reconstruction, sampling_mm in scans:
+        residual = compute_residual(stack, reconstruction, sampling_mm)
+        place_sums = place_sums + _sum_by_place(residual.values)
+        edges.append(torch.stack([_find_quantiles(part[stack > 0], shares) for part in residual.texture]))
+        intensity_sums = intensity_sums + _sum_by_level(torch.stack([stack.float(), stack.float() ** 2, stack > 0]))
+    return Calibration(
+        expected_residual=_expect_at_place(place_sums),
+        texture_edges=torch.stack(edges).mean(0),
+        texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS, device=place_sums.device),
+        intensity=_describe_intensity(intensity_sums),
+        scan_scores=torch.empty(0),
+        slice_scores=torch.empty(0),
+        voxel_threshold=math.nan,
+    ), place_sums
+
+
+def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:
+    """The sums of all scans but one; of a single scan, its own."""
+    return (total - own).clamp(min=0) if scans > 1 else total
+
+
+def _place_slices(slices: int) -> torch.Tensor:
+    """(slices,) float64: where each kept slice lies between the lowest (0) and the highest (LEVELS - 1)."""
+    return torch.arange(slices, dtype=torch.float64) * ((LEVELS - 1) / max(slices - 1, 1))
+
+
+def _find_levels(slices: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slices,) the level below each kept slice, and the share of the way to the next level, 0 to 1."""
+    places = _place_slices(slices)
+    below = places.long().clamp(max=LEVELS - 2)
+    return below.to(device), (places - below).float().to(device)
+
+
+def _sum_by_level(values: torch.Tensor) -> torch.Tensor:
+    """(k, LEVELS, H, W) sums of the slices of (k, n, H, W) nearest to each level."""
+    nearest = _place_slices(values.shape[1]).round().long()
+    chosen = F.one_hot(nearest, LEVELS).T.float().to(values.device)  # a product: sums in one order on every device
+    return (chosen @ values.float().flatten(2)).unflatten(2, values.shape[2:])
+
+
+def _sum_by_place(residual: torch.Tensor) -> torch.Tensor:
+    """(3, LEVELS, H, W) sums over a stack: squared positive part, squared negative part, number of pixels."""
+    return _sum_by_level(torch.stack([residual.clamp(min=0) ** 2, residual.clamp(max=0) ** 2, residual != 0]))
+
+
+def _expect_at_place(sums: torch.Tensor) -> torch.Tensor:
+    """(2, LEVELS, H, W) root mean squares from `_sum_by_place` of some scans, each place with its neighbours."""
+    return _average_nearby(sums, PLACE_SMOOTHING).sqrt()
+
+
+def _describe_intensity(sums: torch.Tensor) -> torch.Tensor:
+    """(2, LEVELS, H, W) mean and standard deviation from sums of values, of squares and of pixels."""
+    mean, squares = _average_nearby(sums, INTENSITY_SMOOTHING)
+    return torch.stack([mean, (squares - mean**2).clamp(min=1e-4).sqrt()])
+
+
+def _average_nearby(sums: torch.Tensor, sigmas: tuple[float, float, float]) -> torch.Tensor:
+    """(2, LEVELS, H, W) means from (3, LEVELS, H, W): two sums and the number of pixels, each smoothed over places.
+
+    Few scans reach a pixel, so the overall mean has the weight of half a scan.
+    """
+    overall = sums[:2].sum((1, 2, 3), keepdim=True) / sums[2].sum().clamp(min=1)
+    weights = (_weigh_reflected(*pair, sums.device) for pair in zip(sums.shape[1:], sigmas, strict=True))
+    *totals, count = multiply_axes(sums, *weights)
+    return (torch.stack(totals) + OVERALL_WEIGHT * overall) / (count + OVERALL_WEIGHT)
+
+
+@lru_cache(maxsize=8)
+def _weigh_reflected(count: int, sigma: float, device: torch.device) -> torch.Tensor:
+    """(count, count) float32 Gaussian weights up to 4 sigma, reflected at the ends (scipy.ndimage.gaussian_filter)."""
+    reach = int(4 * sigma + 0.5)
+    offsets = torch.arange(-reach, reach + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2).double()
+    places = (torch.arange(count)[:, None] + offsets) % (2 * count)
+    places = torch.minimum(places, 2 * count - 1 - places)
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    return matrix.scatter_add_(1, places, (weights / weights.sum()).expand(places.shape)).float().to(device)
+
+
+def _sum_by_texture(residual: Residual, anomaly: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """(3, TEXTURE_BINS, TEXTURE_BINS) sums: squared anomaly of positive and negative residuals, number of pixels."""
+    brain = anomaly.isfinite()
+    row, column = (torch.bucketize(part[brain], limits) for part, limits in zip(residual.texture, edges, strict=True))
+    bins = row * TEXTURE_BINS + column
+    signed = bins + (residual.values[brain] <= 0) * TEXTURE_BINS**2
+    squares = torch.bincount(signed, anomaly[brain].double() ** 2, 2 * TEXTURE_BINS**2)
+    pixels = torch.bincount(bins, minlength=TEXTURE_BINS**2)
+    return torch.cat([squares, pixels]).view(3, TEXTURE_BINS, TEXTURE_BINS)
+
+
+def _expect_with_texture(sums: torch.Tensor) -> torch.Tensor:
+    """(2, TEXTURE_BINS, TEXTURE_BINS) root mean squares from `_sum_by_texture`; near 1 in bins of few pixels."""
+    return ((sums[:2] + TEXTURE_PRIOR) / (sums[2] + TEXTURE_PRIOR)).sqrt().float()
+
+
+def _find_quantiles(values: torch.Tensor, shares: torch.Tensor | float) -> torch.Tensor:
+    """The interpolated quantiles of (n,) numbers; torch.quantile takes 16 million at most."""
+    ranked = values.sort().values
+    places = torch.as_tensor(shares, dtype=torch.float64, device=values.device) * (len(ranked) - 1)
+    below = places.long()
+    return torch.lerp(ranked[below], ranked[(below + 1).clamp(max=len(ranked) - 1)], (places - below).float())

@@ -1,0 +1,282 @@
+"""Where an axial stack lies in its scan: cut the stack out of the volume, and take a map back to the scan's own grid.
+
+Everything here works in canonical RAS order: axis 0 runs left to right, axis 1 posterior to anterior, axis 2 inferior
+to superior. A slice's first axis runs posterior to anterior and its second left to right, so that
+`imshow(slice, origin="lower")` shows the nose up and the subject's right on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy import sparse
+
+from common.cli import DataError
+from preprocessing.volume import Volume, find_box
+
+SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
+MEDIAN = 0.62  # what half of the brain lies below
+BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
+SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans resemble 2 mm ones
+
+Box = tuple[slice, slice, slice]  # along Z, Y and X
+Scale = tuple[float, float, float]  # (low, high, exponent) of `scale_intensity`
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The place of a stack (n, size, size) in its scan. scan.json holds the same fields.
+
+    shape       (I, J, K) of the file as stored
+    affine      (4, 4) rows, from stored voxels to scanner mm
+    axes        three letters, where the stored axes point to ("PSR")
+    spacing_mm  voxel size along left-right, posterior-anterior, inferior-superior
+    centre      the stack's centre in voxels, left-right and posterior-anterior
+    pixel_mm    side of a pixel
+    size        pixels along each side of a slice
+    slices      the kept slices' indices along the inferior-superior axis, rising
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, float, float, float], ...]
+    axes: str
+    spacing_mm: tuple[float, float, float]
+    centre: tuple[float, float]
+    pixel_mm: float
+    size: int
+    slices: tuple[int, ...]
+
+    @classmethod
+    def from_record(cls, record: dict) -> Geometry:
+        """The geometry that a scan.json holds."""
+        tuples = {name: tuple(record[name]) for name in ("shape", "spacing_mm", "centre", "slices")}
+        affine = tuple(tuple(row) for row in record["affine"])
+        return cls(affine=affine, **tuples, **{name: record[name] for name in ("axes", "pixel_mm", "size")})
+
+    def to_record(self) -> dict:
+        """Its fields as plain lists and numbers."""
+        lists = {name: list(value) for name, value in asdict(self).items() if isinstance(value, tuple)}
+        return asdict(self) | lists | {"affine": [list(row) for row in self.affine]}
+
+    @property
+    def slice_spacing_mm(self) -> float:
+        """Distance between two slices."""
+        return self.spacing_mm[2]
+
+    @property
+    def sampling_mm(self) -> tuple[float, float]:
+        """Distance between slices, between pixels."""
+        return self.spacing_mm[2], self.pixel_mm
+
+    @property
+    def pixel_ml(self) -> float:
+        """Volume of a pixel of the stack."""
+        return self.spacing_mm[2] * self.pixel_mm**2 / 1000
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z): the file's shape in canonical order."""
+        shape = [0, 0, 0]
+        for stored_axis, axis in enumerate(axcodes2ornt(self.axes)[:, 0].astype(int)):
+            shape[axis] = self.shape[stored_axis]
+        return tuple(shape)
+
+    @property
+    def stack_affine(self) -> np.ndarray:
+        """(4, 4) affine to scanner mm of a stack that is turned to (right, anterior, superior) pixels."""
+        to_stored = inv_ornt_aff(ornt_transform(axcodes2ornt(self.axes), axcodes2ornt("RAS")), self.shape)
+        steps = [self.pixel_mm / self.spacing_mm[axis] for axis in (0, 1)]
+        corner = [self.centre[axis] - steps[axis] * (self.size - 1) / 2 for axis in (0, 1)]
+        within = np.diag([*steps, 1.0, 1.0])
+        within[:3, 3] = [*corner, self.slices[0]]
+        return np.array(self.affine) @ to_stored @ within
+
+    def cut(self, volume: Volume, brain: np.ndarray, scale: Scale) -> np.ndarray:
+        """The stack (n, size, size) float16 in [0, 1] of a scan: 0 outside the brain (X, Y, Z) and above 0 inside."""
+        low, high, exponent = scale
+        # Transposed, (Z, Y, X): as most files store it, so that axial slices lie together.
+        planes, values = brain.T, volume.values.T
+        box = (self._weigh_slices()[1], *find_box(brain)[1:])
+        stack = np.empty((len(self.slices), self.size, self.size), np.float16)
+        # Values are averaged over the brain alone, so that the rim does not fade into the background.
+        pairs = self._resample(_scale_planes(values[box], planes[box], low, high), box)
+        for target, pair in zip(stack, pairs, strict=True):
+            value, share = pair[:, 0], pair[:, 1]
+            value = np.clip((value / np.maximum(share, 1e-6)) ** np.float32(exponent), BRAIN_FLOOR, 1)
+            value[share <= 0.5] = 0
+            target[:] = value
+        return stack
+
+    def cut_mask(self, mask: np.ndarray) -> np.ndarray:
+        """The stack (n, size, size) uint8 of a lesion mask (X, Y, Z)."""
+        box = (self._weigh_slices()[1], *find_box(mask)[1:])
+        planes = (plane[:, None].astype(np.float32) for plane in mask.T[box])
+        return np.stack([share[:, 0] > 0.5 for share in self._resample(planes, box)]).astype(np.uint8)
+
+    def restore(self, stack: np.ndarray) -> np.ndarray:
+        """Take a map over the stack, (n, size, size) with NaN outside the brain, to the stored grid (I, J, K).
+
+        Linear within the slice; NaN where nothing was scored: outside the brain, the field of view or the kept slices.
+        """
+        shape = self.canonical_shape
+        scored = np.isfinite(stack)
+        columns, rows = (
+            resampling_weights(
+                (self.size, self.pixel_mm, (self.size - 1) / 2),
+                (shape[axis], self.spacing_mm[axis], self.centre[axis]),
+                self.pixel_mm,
+            )
+            for axis in (0, 1)
+        )
+        share = _apply(scored.astype(np.float32), rows, columns)
+        values = _apply(np.where(scored, stack, 0).astype(np.float32), rows, columns)
+        canonical = np.full(shape, np.nan, dtype=np.float32)
+        # A brain voxel at the rim takes the value of the brain pixels beside it, so a small share is enough.
+        canonical[:, :, self.slices] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).transpose(
+            2, 1, 0
+        )
+        return apply_orientation(canonical, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(self.axes)))
+
+    def _weigh_slices(self) -> tuple[np.ndarray, slice]:
+        """(weights (n, Z) of the scan's slices in each kept one, which slices have weights that are not 0)."""
+        axis = (self.canonical_shape[2], self.spacing_mm[2], 0)
+        across = resampling_weights(axis, axis, max(SLICE_THICKNESS_MM, self.spacing_mm[2]))[list(self.slices)]
+        used = np.flatnonzero(across.any(axis=0))
+        return across, slice(int(used[0]), int(used[-1]) + 1)
+
+    def _resample(self, planes: Iterable[np.ndarray], box: Box) -> Iterator[np.ndarray]:
+        """(Y, C, X) float32 planes of that box of the volume, 0 outside -> (size, C, size) of each kept slice."""
+        columns, rows = (
+            resampling_weights(
+                (self.canonical_shape[axis], self.spacing_mm[axis], self.centre[axis]),
+                (self.size, self.pixel_mm, (self.size - 1) / 2),
+                max(self.pixel_mm, self.spacing_mm[axis]),
+            )[:, box[2 - axis]]
+            for axis in (0, 1)
+        )
+        across = self._weigh_slices()[0][:, box[0]]
+        # Few weights of a row are not 0, so sparse products are faster than dense ones, and one thread does them.
+        rows, columns = sparse.csr_array(rows), sparse.csr_array(columns)
+
+        def resample(plane):
+            narrow = (rows @ plane.reshape(len(plane), -1)).reshape(-1, plane.shape[2])
+            return (columns @ narrow.T).T.reshape(self.size, -1, self.size)
+
+        resampled = map(resample, planes)
+        seen, read = {}, 0  # the planes that this kept slice and those to come are made of; how many were read
+        for weights in across:
+            used = np.flatnonzero(weights)
+            seen = {z: plane for z, plane in seen.items() if z >= used[0]}
+            while read <= used[-1]:
+                seen[read] = next(resampled)
+                read += 1
+            yield sum(weights[z] * seen[z] for z in used)
+
+
+def cut_stack(
+    volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float
+) -> tuple[np.ndarray, Geometry, Scale]:
+    """Cut a scan into its axial stack: (stack as `Geometry.cut` gives it, its geometry, its intensity scale).
+
+    brain      (X, Y, Z) bool
+    skull_off  whether `brain` is the brain alone, so that slices are counted within it
+    keep       the share of axial slices kept, the middle ones
+    size       pixels along each side; fov_mm: their extent in mm, centred on the brain
+
+    Raises DataError where the brain is empty, constant or not finite.
+    """
+    geometry = place_stack(volume, brain, skull_off, keep, size, fov_mm)
+    if volume.missing is not None and (volume.missing & brain).any():
+        raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are no finite number; convert it again")
+    # percentiles need no more of the voxels than every one at about 2 mm
+    coarse = tuple(
+        slice(b.start, b.stop, max(1, round(2 / s)))
+        for b, s in zip(find_box(brain), volume.spacing_mm[::-1], strict=True)
+    )
+    scale = scale_intensity(volume.values.T[coarse][brain.T[coarse]])
+    return geometry.cut(volume, brain, scale), geometry, scale
+
+
+def place_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float) -> Geometry:
+    """Where the stack of a scan lies; the arguments are those of `cut_stack`."""
+    planes = brain.T
+    area_mm2 = np.array([np.count_nonzero(plane) for plane in planes]) * volume.spacing_mm[0] * volume.spacing_mm[1]
+    holds = area_mm2 >= SLICE_HOLDS_BRAIN_MM2
+    if not holds.any():
+        raise DataError("its brain mask is empty; make the mask again")
+    indices = keep_middle(holds if skull_off else np.ones_like(holds), keep)
+    seen = planes[indices].any(axis=0)
+    in_plane = [np.flatnonzero(seen.any(axis=axis)) for axis in (0, 1)]
+    if not all(len(i) for i in in_plane):
+        raise DataError("no brain in the slices kept; check its orientation and its mask")
+    return Geometry(
+        shape=tuple(volume.shape),
+        affine=tuple(tuple(row) for row in volume.affine.tolist()),
+        axes=volume.axes,
+        spacing_mm=volume.spacing_mm,
+        centre=tuple(float(i[0] + i[-1]) / 2 for i in in_plane),
+        pixel_mm=fov_mm / size,
+        size=size,
+        slices=tuple(int(i) for i in indices),
+    )
+
+
+def keep_middle(holds: np.ndarray, keep: float) -> np.ndarray:
+    """Indices of the middle `keep` (0 to 1] of the slices from the first to the last that holds something."""
+    held = np.flatnonzero(holds)
+    extent = held[-1] - held[0] + 1
+    count = max(1, round(keep * extent))
+    return held[0] + (extent - count) // 2 + np.arange(count)
+
+
+def scale_intensity(values: np.ndarray) -> Scale:
+    """The scanner values (low, high) that become 0 and 1, and the exponent that then brings the median to MEDIAN.
+
+    From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
+    """
+    low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
+    if not high > low:
+        raise DataError("is constant inside the brain; convert it again from its source")
+    return low, high, float(np.log(MEDIAN) / np.log(np.clip((median - low) / (high - low), 0.2, 0.95)))
+
+
+def resampling_weights(
+    source: tuple[int, float, float], target: tuple[int, float, float], width_mm: float
+) -> np.ndarray:
+    """(target samples, source samples) weights of a 1-D linear resampling: a tent about each target sample.
+
+    source, target  each (samples, spacing in mm, centre in samples); both run the same way and both centres are one
+                    place in space
+    width_mm        the tent's half-width
+
+    Rows sum to 1, but are 0 where the target lies outside the source.
+    """
+    place_in, place_out = ((np.arange(count) - centre) * spacing for count, spacing, centre in (source, target))
+    weights = np.maximum(0, 1 - np.abs(place_out[:, None] - place_in[None, :]) / width_mm)
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    inside = (place_out >= place_in[0] - source[1] / 2) & (place_out <= place_in[-1] + source[1] / 2)
+    return (weights * inside[:, None]).astype(np.float32)
+
+
+def _scale_planes(values: np.ndarray, brain: np.ndarray, low: float, high: float) -> Iterator[np.ndarray]:
+    """Each axial plane as (Y, 2, X) float32: its values with low to high brought to [0, 1], and its brain mask.
+
+    One plane at a time, which stays in the processor's cache; the array is used again for the next.
+    """
+    plane = np.empty((values.shape[1], 2, values.shape[2]), np.float32)
+    scaled, within = plane[:, 0], plane[:, 1]
+    for value, mask in zip(values, brain, strict=True):
+        np.subtract(value, low, out=scaled, dtype=np.float32, casting="same_kind")
+        scaled /= np.float32(high - low)
+        np.clip(scaled, 0, 1, out=scaled)
+        within[:] = mask
+        scaled *= within
+        yield plane
+
+
+def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Resample each plane: rows @ plane @ columns.T."""
+    return np.matmul(np.matmul(rows, planes), columns.T)

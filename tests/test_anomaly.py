@@ -1,0 +1,372 @@
+"""Reconstruction, residual, anomaly map and scores."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from models.anomaly import (
+    compute_residual,
+    map_anomalies,
+    reconstruct,
+    score_mse,
+    score_scan,
+    score_slices,
+)
+from models.calibration import LEVELS, TEXTURE_BINS, Calibration
+from models.checkpoint import build_model
+from tests.reference import compare_plainly, make_scan, map_plainly
+
+FAR_MM = 1000.0  # slices so far apart do not blur into each other
+
+
+def make_calibration(expected=1.0, edges=None, factor=1.0, size=32) -> Calibration:
+    """A calibration by hand; numbers stand for arrays full of them."""
+    return Calibration(
+        expected_residual=torch.tensor(np.full((2, LEVELS, size, size), 1.0) * expected).float(),
+        texture_edges=torch.zeros(2, TEXTURE_BINS - 1) if edges is None else torch.tensor(edges).float(),
+        texture_factor=torch.tensor(np.full((2, TEXTURE_BINS, TEXTURE_BINS), 1.0) * factor).float(),
+        intensity=torch.zeros(2, LEVELS, size, size),
+        scan_scores=torch.zeros(1),
+        slice_scores=torch.zeros(1),
+        voxel_threshold=5.0,
+    )
+
+
+def as_tensors(*arrays):
+    return tuple(torch.from_numpy(np.array(array)) for array in arrays)
+
+
+def find_residual(stack, drawn, sampling_mm):
+    """(n, H, W) signed, as NumPy."""
+    return compute_residual(*as_tensors(stack, np.float32(drawn)), sampling_mm).values.numpy()
+
+
+def make_map(stack, drawn, sampling_mm, calibration):
+    """(n, H, W) as NumPy."""
+    return map_anomalies(*as_tensors(stack, drawn), sampling_mm, calibration).numpy()
+
+
+def calibrate(seeds):
+    return Calibration.fit([(*as_tensors(*make_scan(seed)[:2]), make_scan(seed)[2]) for seed in seeds])
+
+
+def draw_patches(slices=3, size=0.05):
+    """(residual (n, 32, 32), the middles of its four patches, the first and last positive, the others negative).
+
+    It is 0 on more than half of the pixels, so that none of it is shading.
+    """
+    residual = np.zeros((slices, 32, 32), np.float32)
+    for row, column, sign in ((3, 3, 1), (3, 19, -1), (19, 3, -1), (19, 19, 1)):
+        residual[:, row : row + 7, column : column + 7] = sign * size
+    return residual, ((6, 6, 22, 22), (6, 22, 6, 22))
+
+
+class Window(torch.nn.Module):
+    """Draws the slice below, the slice and the slice above as the digits of one number."""
+
+    def __init__(self, step=1):
+        super().__init__()
+        self.step, self.batches = step, []
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says what device the model is on
+
+    def neighbour_offsets(self, slice_spacing_mm):
+        return (-self.step, 0, self.step)
+
+    def forward(self, slices):
+        self.batches.append(len(slices))
+        return 1000 * slices[:, :1] + 10 * slices[:, 1:2] + slices[:, 2:]
+
+
+@pytest.mark.parametrize(
+    ("step", "digits"),
+    [
+        (1, [1012, 1023, 2034, 3045, 4055]),
+        (2, [1013, 1024, 1035, 2045, 3055]),
+        (9, [1015, 1025, 1035, 1045, 1055]),
+    ],
+)
+def test_the_end_slices_stand_for_those_beyond(step, digits):
+    stack = np.ones((5, 4, 4), np.float16) * np.arange(1, 6)[:, None, None]
+    model = Window(step)
+    drawn = reconstruct(model, stack, 2.0, batch_size=2)
+    assert drawn.dtype == torch.float32
+    np.testing.assert_array_equal(drawn, np.ones((5, 4, 4)) * np.array(digits)[:, None, None])
+    assert model.batches == [2, 2, 1]
+
+
+def test_the_spacing_chooses_the_neighbours():
+    asked = []
+    model = Window()
+    model.neighbour_offsets = lambda slice_spacing_mm: asked.append(slice_spacing_mm) or (-1, 0, 1)
+    reconstruct(model, np.ones((3, 4, 4), np.float32), 2.5)
+    assert asked == [2.5]
+
+
+def test_nothing_is_drawn_outside_the_brain_of_the_slice_itself():
+    stack = np.ones((3, 2, 2), np.float32)
+    stack[1, 0, 0] = 0  # its neighbours are brain there
+    assert reconstruct(Window(), stack, 2.0)[1].tolist() == [[0, 1011], [1011, 1011]]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_precision_is_that_of_the_networks_products(precision):
+    seen = []
+
+    class Scale(torch.nn.Conv2d):
+        neighbour_offsets = staticmethod(lambda slice_spacing_mm: (0,))
+
+        def forward(self, slices):
+            output = super().forward(slices)
+            seen.append(output.dtype)
+            return output
+
+    drawn = reconstruct(Scale(1, 1, 1), np.ones((2, 4, 4), np.float32), 2.0, precision=precision)
+    assert seen == [precision]
+    assert drawn.dtype == torch.float32
+
+
+def test_any_batch_size_gives_the_same():
+    torch.manual_seed(0)
+    model = build_model({"model": "dae", "size": 32, "width": 8, "depth": 3}).eval()
+    stack = make_scan(0, 7)[0]
+    a, b = (reconstruct(model, stack, 2.0, batch_size=size) for size in (2, 7))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_mse_by_hand():
+    stack = np.zeros((3, 4, 4), np.float32)
+    stack[:2, 1:3, 1:3] = 0.5
+    reconstruction = stack.copy()
+    reconstruction[1, 1, 1] = 0.1  # one of four brain pixels is 0.4 off
+    reconstruction[1:, 0, 0] = 9.0  # outside the brain: does not count
+    np.testing.assert_allclose(score_mse(*as_tensors(stack, reconstruction)), [0, 0.16 / 4, 0], atol=1e-7)
+
+
+def test_smoothing_of_one_bright_pixel_by_hand():
+    """A Gaussian of 2 mm between slices as within them."""
+    stack = np.full((9, 48, 48), 0.5, np.float32)
+    drawn = stack.copy()
+    drawn[4, 20, 28] -= 0.3  # brighter than drawn: positive
+    residual = find_residual(stack, drawn, (4.0, 1.0))
+    assert residual.dtype == np.float32
+    assert residual.sum() == pytest.approx(0.3, rel=1e-4)
+    peak = residual[4, 20, 28]
+    assert peak == residual.max()
+    for place, millimetres in (((5, 20, 28), 4), ((4, 23, 28), 3), ((4, 20, 27), 1)):
+        assert residual[place] / peak == pytest.approx(np.exp(-((millimetres / 2) ** 2) / 2), rel=1e-4), place
+
+
+def test_the_rim_is_faded_in():
+    """A pixel's residual counts by 2 x (the brain's share around it) - 1: 0 at a straight rim, 1 deep inside."""
+    stack = np.full((2, 96, 64), 0.5, np.float32)
+    stack[:, :, :20] = 0
+    drawn = stack.copy()
+    drawn[:, :32] -= 0.2  # in less than half of the brain, so that none of it is shading
+    residual = find_residual(stack, drawn, (FAR_MM, 1.0))[0, 10]
+    assert (residual[:20] == 0).all()
+    inside = np.arange(44) + 0.5  # pixels from the rim
+    np.testing.assert_allclose(residual[20:50], 0.2 * (2 * norm.cdf(inside / 2) - 1)[:30], atol=1e-3)
+
+
+def test_a_lone_pixel_has_hardly_a_texture():
+    """Means are over the brain; where it is less than a tenth of what lies around, as if it were a tenth."""
+    stack = np.zeros((1, 48, 48), np.float32)
+    stack[0, 24, 24] = 0.5
+    residual, texture = compute_residual(*as_tensors(stack, stack), (FAR_MM, 1.0))
+    share = 1 / (2 * np.pi * 2.0**2)  # the peak of a Gaussian of 2 pixels
+    assert texture[0, 0, 24, 24].item() == pytest.approx(0.5 * share / 0.1, rel=1e-3)
+    assert residual.abs().max() == 0
+
+
+def test_waves_of_centimetres_are_shading_by_hand():
+    """A Gaussian mean of 20 mm keeps exp(-2 (20 pi / wavelength)^2) of a wave, and that is taken off.
+
+    All but a part in 51, for the weight of the brain there counts 0.02 more than it is.
+    """
+    for wavelength, left in ((100, 1 - np.exp(-0.08 * np.pi**2) / 1.02), (50, 1 - np.exp(-0.32 * np.pi**2) / 1.02)):
+        stack = np.full((2, 32, 256), 0.5, np.float32)
+        wave = 0.1 * np.cos(2 * np.pi * (np.arange(256) - 127.5) * 1.5625 / wavelength)
+        residual = find_residual(stack, stack - wave, (FAR_MM, 1.5625))
+        inner = np.s_[:, 10:22, 100:156]
+        ratio = residual[inner].max() / (0.1 * np.exp(-2 * (2 * np.pi / wavelength) ** 2))  # less the 2 mm
+        assert ratio == pytest.approx(left, rel=0.03), wavelength
+
+
+def test_of_a_large_lesion_four_medians_are_shading():
+    """Where a lesion of 0.5 is much wider than 20 mm and the median residual 0.02, 0.08 of it are taken off."""
+    stack = np.full((2, 208, 208), 0.8, np.float32)
+    rows, columns = np.indices((208, 208)) - 103.5
+    lesion = np.hypot(rows, columns) < 60
+    drawn = stack - np.where(lesion, 0.5, 0.02).astype(np.float32)
+    residual = find_residual(stack, drawn, (FAR_MM, 1.0))
+    assert residual[0, 104, 104] == pytest.approx(0.5 - 0.08 / 1.02, abs=0.003)
+    assert residual[0, 4, 4] == pytest.approx(0.02 - 0.02 / 1.02, abs=0.003)
+
+
+def test_shading_is_the_same_over_neighbouring_slices():
+    """It goes on over 20 mm between slices too: what only one slice in ten shows stays."""
+    stack = np.full((21, 32, 32), 0.5, np.float32)
+    drawn = stack - 0.02 * (-1) ** np.arange(21, dtype=np.float32)[:, None, None]
+    drawn[10] = 0.45
+    weights = np.exp(-0.5 * ((np.arange(21) - 10) * 4 / 20) ** 2)
+    expected = 0.05 - (weights / weights.sum() * (stack - drawn)[:, 0, 0]).sum() / 1.02
+    residual = find_residual(stack, drawn, (4.0, 1000.0))  # σ of 1/2 slice blurs them a little
+    near = np.exp(-2 * np.abs(np.arange(21) - 10.0) ** 2)
+    blurred = (near / near.sum() * (stack - drawn)[:, 0, 0]).sum()
+    assert residual[10, 16, 16] == pytest.approx(expected - 0.05 + blurred, abs=0.002)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_residual_and_texture_are_those_of_plain_scipy(offset):
+    stack, drawn, sampling_mm = make_scan(1, offset=offset)
+    residual, texture = (part.numpy() for part in compute_residual(*as_tensors(stack, drawn), sampling_mm))
+    plain, mean, deviation = compare_plainly(stack, drawn, sampling_mm)
+    brain = stack > 0
+    assert residual.dtype == texture.dtype == np.float32
+    np.testing.assert_allclose(residual, plain, atol=0.02 * np.abs(plain[brain]).mean())
+    np.testing.assert_allclose(texture[0][brain], mean[brain], atol=1e-4)
+    np.testing.assert_allclose(texture[1][brain], deviation[brain], atol=1e-3)
+
+
+def test_a_lesion_stands_out_of_its_shading():
+    stack = np.full((24, 96, 96), 0.5, np.float32)
+    lesion = np.zeros(stack.shape, bool)
+    lesion[8:14, 44:52, 44:52] = True
+    shading = 0.1 * np.linspace(-1, 1, 96, dtype=np.float32)
+    residual = find_residual(stack + shading + 0.1 * lesion, stack, (2.0, 1.5))
+    surroundings = np.s_[:, 30:40, 30:66]
+    assert (
+        np.abs(residual[surroundings]).mean() < 0.1 * np.abs(np.broadcast_to(shading, stack.shape)[surroundings]).mean()
+    )
+    assert residual[lesion].mean() > 0.06
+
+
+def test_the_map_is_that_of_plain_scipy():
+    calibration = calibrate((1, 2, 3))
+    stack, drawn, sampling_mm = make_scan(4, offset=-0.3)
+    mapped = make_map(stack, drawn, sampling_mm, calibration)
+    plain = map_plainly(stack, drawn, sampling_mm, calibration)
+    brain = stack > 0
+    assert mapped.dtype == np.float32
+    assert np.isnan(mapped[~brain]).all()
+    ratio = mapped[brain] / plain[brain]  # a few pixels stand so near a limit that they fall into the next bin
+    np.testing.assert_allclose(np.quantile(ratio, [0.02, 0.98]), 1, atol=0.01)
+
+
+def test_the_map_is_in_units_of_its_median_whatever_the_contrast():
+    stack, drawn, sampling_mm = make_scan(1, slices=24)
+    brain = stack > 0
+    calibration = calibrate((2, 3))
+    weak, strong = (
+        make_map(np.where(brain, 5 + times * (stack - drawn), 0), np.where(brain, 5, 0), sampling_mm, calibration)
+        for times in (1, 3)
+    )
+    np.testing.assert_allclose(weak[brain], strong[brain], rtol=2e-3, atol=1e-3)
+    assert np.median(weak[brain]) == pytest.approx(1, abs=0.02)
+
+
+def map_patches(calibration, stack=0.5, slices=3, pixel_mm=6.0):
+    """(n, 32, 32) map of the patches on a brain of these values, slices and pixels not blurring into each other."""
+    residual, _ = draw_patches(slices)
+    stack = np.zeros_like(residual) + np.float32(stack)
+    return make_map(stack, stack - residual, (FAR_MM, pixel_mm), calibration)
+
+
+def test_each_sign_is_divided_by_what_is_expected_of_it():
+    mapped = map_patches(make_calibration(np.array([2.0, 6.0])[:, None, None, None]))
+    positive, negative = mapped[1, 6, 6], mapped[1, 6, 22]
+    assert positive / negative == pytest.approx(3, rel=1e-3)
+
+
+def test_each_place_is_divided_by_what_is_expected_there():
+    expected = np.ones((1, 1, 32, 32))
+    expected[..., :16, :16], expected[..., :16, 16:], expected[..., 16:, :16] = 2, 4, 8
+    values = map_patches(make_calibration(expected))[1][draw_patches()[1]]
+    np.testing.assert_allclose(values[3] / values, [2, 4, 8, 1], rtol=1e-3)
+
+
+def test_levels_run_from_the_lowest_to_the_highest_slice():
+    """31 slices on 16 levels: each second one stands half between two of them."""
+    assert LEVELS == 16
+    mapped = map_patches(make_calibration(np.arange(1, 17)[None, :, None, None]), slices=31)
+    np.testing.assert_allclose(mapped[0, 6, 22] / mapped[:, 6, 22], 1 + np.arange(31) / 2, rtol=1e-3)
+
+
+def test_each_texture_is_divided_by_what_is_expected_of_it():
+    """The mean chooses the row of the table, the deviation its column: around the patches' rims it is larger."""
+    stack = np.full((3, 32, 32), 0.4, np.float32)
+    stack[:, 16:] = 0.6
+    edges = np.stack([np.linspace(0.3, 0.5, TEXTURE_BINS - 1), np.linspace(0.01, 0.9, TEXTURE_BINS - 1)])
+    table = np.ones((2, TEXTURE_BINS, TEXTURE_BINS))
+    # the patches' middles are drawn 0.35 and 0.45 in the dark half, 0.65 and 0.55 in the bright one
+    table[0, 3, 0], table[1, 8, 0], table[1, 11, 0], table[0, 11, 0] = 2, 4, 8, 16
+    edges[0] += 0.005
+    values = map_patches(make_calibration(1.0, edges, table), stack)[1][draw_patches()[1]]
+    np.testing.assert_allclose(values[0] / values, [1, 2, 4, 8], rtol=1e-3)
+
+
+def test_what_deviates_has_a_texture_of_its_own():
+    """A chequered reconstruction of 0.5 +- 0.1 deviates by 0.1; the mean stays."""
+    chequered = 0.5 + 0.1 * (-1.0) ** np.indices((32, 32)).sum(0)
+    stack = np.where(np.arange(32) < 16, chequered, 0.5)
+    edges = np.stack([np.linspace(0.9, 1, TEXTURE_BINS - 1), np.linspace(0.05, 0.99, TEXTURE_BINS - 1)])
+    table = np.ones((2, TEXTURE_BINS, TEXTURE_BINS))
+    table[:, 0, 1] = 7
+    values = map_patches(make_calibration(1.0, edges, table), stack, pixel_mm=1.0)[1][draw_patches()[1]]
+    assert values[1] / values[0] == pytest.approx(7, rel=0.01)
+
+
+def test_the_map_itself_is_smoothed_by_2_mm():
+    """Expected is 1 at one pixel of a patch and 10,000 elsewhere: the map shows the Gaussian."""
+    expected = np.full((1, 1, 32, 32), 1e4)
+    expected[..., 22, 6] = 1
+    mapped = map_patches(make_calibration(expected), pixel_mm=2.0)[1]
+    for place, millimetres in (((22, 7), 2), ((20, 6), 4)):
+        assert mapped[place] / mapped[22, 6] == pytest.approx(np.exp(-((millimetres / 2) ** 2) / 2), abs=2e-3)
+
+
+def test_a_planted_lesion_stands_out_of_its_surroundings():
+    stack, drawn, sampling_mm = make_scan(1)
+    calibration = calibrate((2, 3))
+    lesion = np.zeros(stack.shape, bool)
+    lesion[5:8, 14:18, 15:19] = True
+    healthy = make_map(stack, drawn, sampling_mm, calibration)
+    mapped = make_map(np.where(lesion, stack - 0.3, stack), drawn, sampling_mm, calibration)
+    assert lesion[np.unravel_index(np.nanargmax(mapped), mapped.shape)]
+    assert np.median(mapped[lesion]) > 4 * np.nanmedian(mapped[~lesion])
+    assert score_scan(torch.from_numpy(mapped)) > 1.5 * score_scan(torch.from_numpy(healthy))
+    scores = score_slices(torch.from_numpy(mapped))
+    assert scores[5:8].min() > scores[[0, 1, 2, 10, 11]].max()
+
+
+def test_an_empty_stack_has_no_anomaly():
+    empty = np.zeros((2, 32, 32), np.float32)
+    mapped = make_map(empty, empty, (2.0, 1.5), make_calibration())
+    assert np.isnan(mapped).all()
+    assert score_scan(torch.from_numpy(mapped)) == 0
+    assert (score_slices(torch.from_numpy(mapped)) == 0).all()
+
+
+def test_a_perfect_reconstruction_has_no_anomaly():
+    stack = make_scan(1)[0]
+    mapped = make_map(stack, stack, (2.0, 1.5), make_calibration())
+    assert (mapped[stack > 0] == 0).all()
+
+
+def test_scores_by_hand():
+    """Of a slice the mean of the worst 1 %, of a scan that of the worst 0.2 %; what is no brain does not count."""
+    values = np.full((2, 25, 48), np.nan, np.float32)
+    values[0].flat[100:1100] = np.random.default_rng(0).permutation(1000)
+    values[1].flat[:500] = 2000 + np.arange(500)
+    values = torch.from_numpy(values)
+    np.testing.assert_allclose(score_slices(values), [np.mean(range(990, 1000)), 2000 + np.mean(range(495, 500))])
+    assert score_scan(values) == pytest.approx(2000 + np.mean([497, 498, 499]))  # 3 of 1,500
+    assert score_scan(values[:1]) == pytest.approx(998.5)  # 2 of 1,000
+
+
+def test_at_least_one_pixel_scores():
+    values = torch.full((1, 3, 3), torch.nan)
+    values[0, 1] = torch.tensor([1.0, 7, 3])
+    assert score_scan(values) == 7
+    np.testing.assert_array_equal(score_slices(values), [7])

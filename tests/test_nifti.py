@@ -1,0 +1,96 @@
+"""Maps lie on their scans, viewers open them as they should, BIDS names are valid."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+
+from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.predictor import Prediction
+from tests.predictions import make_prediction
+
+AFFINE = np.array([[0, 0, 4.0, -30], [-2.0, 0, 0, 20], [0, 1.0, 0, -10], [0, 0, 0, 1]])  # voxels of 8 mm3
+
+
+def make_map() -> np.ndarray:
+    """(4, 5, 6) with values below, at and above 3, and NaN."""
+    anomaly = np.ones((4, 5, 6), dtype=np.float32)
+    anomaly[0, 0, :3] = 2.999, 3.0, 7.5
+    anomaly[3] = np.nan
+    return anomaly
+
+
+def predict_map() -> Prediction:
+    """A prediction with that map on a scan of AFFINE; the threshold is 3."""
+    made = make_prediction(threshold=3.0)
+    geometry = replace(made.scan.geometry, affine=tuple(map(tuple, AFFINE.tolist())))
+    return replace(made, scan=replace(made.scan, geometry=geometry), native_map=make_map())
+
+
+def check_image(image: nib.Nifti1Image, top: float) -> None:
+    np.testing.assert_allclose(image.get_qform(), AFFINE, atol=1e-6)
+    np.testing.assert_allclose(image.get_sform(), AFFINE, atol=1e-6)
+    assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (1, 1), "scanner coordinates"
+    assert image.header.get_xyzt_units()[0] == "mm"
+    assert float(image.header["cal_max"]) == top
+    assert float(image.header["cal_min"]) == 0
+
+
+def test_a_map_and_its_mask_are_written_on_the_scans_grid(tmp_path):
+    write_maps(tmp_path / "new" / "a_T1w", predict_map())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a_T1w_anomaly.nii.gz", "a_T1w_mask.nii.gz"]
+    anomaly, mask = (nib.load(tmp_path / f"new/a_T1w_{what}.nii.gz") for what in ("anomaly", "mask"))
+    check_image(anomaly, 6.0)
+    check_image(mask, 1.0)
+    assert anomaly.get_data_dtype() == np.float32
+    assert mask.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(anomaly.get_fdata(), make_map())
+    np.testing.assert_array_equal(np.argwhere(mask.get_fdata() == 1), [[0, 0, 1], [0, 0, 2]])
+    assert mask.get_fdata().sum() == 2
+    assert bytes(anomaly.header["descrip"]).startswith(b"anomaly, times the scan's median")
+    assert bytes(mask.header["descrip"]).startswith(b"anomaly at or above 3.000")
+
+
+def test_bids_names_are_valid_and_unlike():
+    names = name_bids([("sub-01", "ses-1"), ("sub-01", "ses-2"), ("a_b", ""), ("c", ""), ("a-b", None)])
+    assert names == [
+        "sub-01/ses-1/anat/sub-01_ses-1",
+        "sub-01/ses-2/anat/sub-01_ses-2",
+        "sub-ab/anat/sub-ab_run-1",
+        "sub-c/anat/sub-c",
+        "sub-ab/anat/sub-ab_run-2",
+    ]
+
+
+def test_a_bids_derivative_describes_itself(tmp_path):
+    write_bids_description(tmp_path / "bids", "Dataset/test", "abc123")
+    description = json.loads((tmp_path / "bids/dataset_description.json").read_text())
+    assert description["DatasetType"] == "derivative"
+    assert description["BIDSVersion"] == "1.10.0"
+    assert description["Name"]
+    assert "abc123" in description["GeneratedBy"][0]["Description"]
+    assert description["GeneratedBy"][0]["Name"] == "brain-anomaly-autoencoder"
+    assert description["SourceDatasets"] == [{"URL": "Dataset/test"}]
+
+
+def test_bids_maps_have_sidecars(tmp_path):
+    write_bids_maps(tmp_path, "sub-a/anat/sub-a", predict_map())
+    folder = tmp_path / "sub-a/anat"
+    stems = ["sub-a_desc-anomaly_mask", "sub-a_desc-anomaly_statmap"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{stem}.{ending}" for stem in stems for ending in ("json", "nii.gz")
+    ]
+    images = [nib.load(folder / f"{stem}.nii.gz") for stem in stems]
+    check_image(images[0], 1.0)
+    check_image(images[1], 6.0)
+    assert np.argwhere(images[0].get_fdata() > 0).tolist() == [[0, 0, 1], [0, 0, 2]]
+    np.testing.assert_array_equal(images[1].get_fdata(), make_map())
+    mask, statmap = (json.loads((folder / f"{stem}.json").read_text()) for stem in stems)
+    for sidecar in (mask, statmap):
+        assert sidecar["SpatialReference"] == "orig"
+        assert (sidecar["Sources"], sidecar["Label"]) == (["raw/one.nii.gz"], "abnormal")
+        assert (sidecar["Score"], sidecar["PValue"]) == (5.0, 0.1)
+        assert sidecar["Description"]
+    assert (mask["Type"], mask["Threshold"]) == ("Lesion", 3.0)
+    assert statmap["Units"].startswith("times the scan's")

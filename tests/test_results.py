@@ -1,0 +1,207 @@
+"""What is kept of a test set and measured on it: which slices count, who is flagged, what stands behind each figure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from evaluation.predictor import DETECTORS
+from evaluation.results import Results
+from tests.predictions import make_prediction
+
+
+def make_results(kinds: dict | None = None) -> Results:
+    return Results(kinds or {})
+
+
+def make_slice(label: str, scan: str, lesion_voxels: int, score: float) -> dict:
+    scores = dict.fromkeys(DETECTORS, score) | {"mse": -score}
+    return {"label": label, "scan": scan, "subject": scan[0], "lesion_voxels": lesion_voxels, **scores}
+
+
+def make_scan_row(label: str, scan: str, score: float, lesion_known: bool = True, **more) -> dict:
+    scores = dict.fromkeys(DETECTORS, score) | {"mse": -score}
+    who = {"label": label, "scan": scan, "subject": scan[0], "lesion_known": lesion_known, "age": None, "sex": None}
+    return who | {"flagged": False} | scores | more
+
+
+def add_prediction(results: Results, name="one_T1w", label="abnormal", lesion=True, **changes) -> Results:
+    made = make_prediction(lesion=lesion)
+    scan = replace(made.scan, name=name, label=label, **changes)
+    row = make_scan_row(label, name, 5.0, lesion_known=lesion, subject=scan.subject)
+    results.add(
+        replace(
+            made,
+            scan=scan,
+            maps=dict.fromkeys(DETECTORS, made.maps["score"]),
+            slice_rows=[make_slice(label, name, 24, 5.0)],
+            scan_row=row,
+            regions=[{"volume_ml": 1.0}],
+        )
+    )
+    return results
+
+
+def test_a_prediction_is_kept_as_rows_and_counts():
+    results = add_prediction(make_results({"one": "infarct"}), subject="s")
+    (row,), (region,), (lesion,) = results.scans, results.regions, results.lesions
+    assert (row["scan"], row["score"]) == ("one_T1w", 5.0)
+    assert (region["label"], region["scan"], region["volume_ml"]) == ("abnormal", "one_T1w", 1.0)
+    assert {key: lesion[key] for key in ("label", "scan", "subject", "kind")} == {
+        "label": "abnormal",
+        "scan": "one_T1w",
+        "subject": "s",
+        "kind": "infarct",
+    }
+    assert lesion["volume_ml"] == pytest.approx(48 * 8 / 1000)
+    assert (lesion["covered"], lesion["dice"], lesion["peak"]) == (1, 1, 8)
+    brain, lesion_pixels = int(np.isfinite(make_prediction().maps["score"]).sum()), 48
+    for name in DETECTORS:
+        thresholds, table = results.voxels[name].table()
+        assert thresholds.tolist() == [8, 1]
+        np.testing.assert_array_equal(table, [[[0, brain - lesion_pixels], [lesion_pixels, 0]]])
+    assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1}
+
+
+def test_the_kind_of_a_lesion_goes_by_the_name_with_and_without_the_contrast():
+    kinds = [add_prediction(make_results(k)).lesions[0]["kind"] for k in ({"one_T1w": "a"}, {"one": "b"}, {"two": "c"})]
+    assert kinds == ["a", "b", None]
+
+
+def test_a_scan_without_a_lesion_mask_counts_no_voxels():
+    results = add_prediction(make_results(), lesion=False)
+    assert results.lesions == []
+    assert not results.voxels["score"].hold_lesions()
+    assert len(results.scans) == len(results.slices) == len(results.regions) == 1
+
+
+def test_results_are_counted():
+    results = add_prediction(make_results(), "a_T1w", subject="a")
+    add_prediction(results, "b_T1w", "normal", subject="b")
+    add_prediction(results, "c_T1w", "normal", subject="b")
+    assert results.count() == {"normal": 2, "abnormal": 1, "slices": 3, "subjects": 2, "lesions": 3}
+    assert results.voxels["mse"].table()[1].shape[0] == 2, "voxels are counted by subject"
+
+
+def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
+    results = make_results()
+    results.slices = [make_slice("abnormal", "a", voxels, 1) for voxels in (0, 9, 10, 11)]
+    results.slices.append(make_slice("normal", "n", 0, 1))
+    results.scans = [make_scan_row("abnormal", "a", 1), make_scan_row("normal", "n", 1)]
+    assert [(row["label"], row["lesion_voxels"]) for row in results.list_judged()] == [
+        ("abnormal", 10),
+        ("abnormal", 11),
+        ("normal", 0),
+    ]
+    results.scans[0]["lesion_known"] = False
+    assert results.list_judged() == results.slices, "without masks, all slices of an abnormal scan"
+
+
+def make_measured(masks_known: bool = True) -> Results:
+    """Six scans of five subjects with three slices each; the mask of the last is perhaps not known."""
+    results, rng = make_results(), np.random.default_rng(0)
+    for i in range(6):
+        label = "abnormal" if i < 3 else "normal"
+        name = f"{'aabcde'[i]}{i}"
+        results.scans.append(make_scan_row(label, name, rng.random() + (i < 3) / 4, lesion_known=masks_known or i != 2))
+        results.slices += [
+            make_slice(label, name, voxels, rng.random()) for voxels in ((0, 20, 30) if i < 3 else (0,) * 3)
+        ]
+    scores = np.array([8, 4, 4, 2, 1, 1], np.float32)
+    for counts in results.voxels.values():
+        counts.add("a", scores, np.array([1, 1, 0, 0, 1, 0], bool))
+    return results
+
+
+def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
+    results = make_measured()
+    figures = results.measure(3.0, quiet=True)
+    assert list(figures) == list(DETECTORS)
+    for level, rows in (("slice", results.list_judged()), ("scan", results.scans)):
+        labels = [row["label"] == "abnormal" for row in rows]
+        for name in DETECTORS:
+            scores = [row[name] for row in rows]
+            assert figures[name][f"{level}_auroc"]["value"] == roc_auc_score(labels, scores)
+            assert figures[name][f"{level}_ap"]["value"] == average_precision_score(labels, scores)
+    slice_auroc, scan_auroc = figures["score"]["slice_auroc"], figures["score"]["scan_auroc"]
+    assert (slice_auroc["subjects"], slice_auroc["scans"], slice_auroc["slices"]) == (5, 6, 15)
+    assert (scan_auroc["subjects"], scan_auroc["scans"], "slices" in scan_auroc) == (5, 6, False)
+    assert figures["score"]["dice"]["value"] == pytest.approx(4 / 6), "at the threshold"
+    assert "dice" not in figures["mse"], "whose threshold was not calibrated"
+    voxel = figures["bright"]["voxel_ap"]
+    assert {key: voxel[key] for key in ("subjects", "slices", "lesions", "scans")} == {
+        "subjects": 5,
+        "slices": 18,
+        "lesions": 0,
+        "scans": 6,
+    }
+    assert figures["score"]["prevalence"] == 0.5
+
+
+def test_what_needs_both_labels_or_all_masks_is_not_measured_without():
+    figures = make_measured(masks_known=False).measure(3.0, quiet=True)["score"]
+    assert "voxel_ap" not in figures
+    assert figures["slice_auroc"]["slices"] == 18, "all slices of abnormal scans"
+    results = make_measured()
+    results.scans, results.slices = results.scans[3:], results.slices[9:]
+    assert "scan_auroc" not in results.measure(3.0, quiet=True)["score"]
+    results.voxels = {name: type(counts)() for name, counts in results.voxels.items()}
+    assert results.measure(3.0, quiet=True) == {name: {} for name in DETECTORS}
+
+
+def test_lesions_are_measured_by_volume_and_by_kind():
+    results = make_results()
+    for ml, kind, found in ((0.2, "b", False), (0.5, "a", True), (0.6, None, False)):
+        results.lesions.append(
+            {
+                "label": "abnormal",
+                "scan": "s",
+                "subject": "s",
+                "volume_ml": ml,
+                "kind": kind,
+                "found": found,
+                "dice": 0.5,
+            }
+        )
+    by = results.measure_lesions()
+    assert [(group["group"], group["lesions"]) for group in by["volume"]] == [("under 0.3 ml", 1), ("0.3–1 ml", 2)]
+    assert [(group["group"], group["recall"]["value"]) for group in by["kind"]] == [("a", 1), ("b", 0)]
+    for row in results.lesions:
+        row["kind"] = None
+    assert list(results.measure_lesions()) == ["volume"]
+    assert make_results().measure_lesions() == {}
+
+
+def test_flags_are_counted_by_label_and_of_normal_scans_by_sex_and_age():
+    results = make_results()
+    people = (
+        ("normal", True, 29.9, "F"),
+        ("normal", False, 30, "M"),
+        ("normal", True, 44.9, "F"),
+        ("normal", False, 45, None),
+        ("normal", True, 60, "F"),
+        ("normal", True, 75, "F"),
+        ("normal", True, None, None),
+        ("abnormal", True, 80, "M"),
+    )
+    results.scans = [
+        make_scan_row(label, f"s{i}", 1, flagged=flagged, age=age, sex=sex)
+        for i, (label, flagged, age, sex) in enumerate(people)
+    ]
+    counts = results.count_flagged()
+    assert [(g, c["flagged"], c["scans"]) for g, c in counts["normal_by_sex"].items()] == [("F", 4, 4), ("M", 0, 1)]
+    assert {group: (count["flagged"], count["scans"]) for group, count in counts["normal_by_age"].items()} == {
+        "under 30": (1, 1),
+        "30 to 44": (1, 2),
+        "45 to 59": (0, 1),
+        "60 to 74": (1, 1),
+        "75 and above": (1, 1),
+    }
+    assert (counts["normal"]["flagged"], counts["normal"]["scans"]) == (5, 7)
+    assert (counts["abnormal"]["flagged"], counts["abnormal"]["scans"]) == (1, 1)
+    for row in results.scans:
+        row["age"] = row["sex"] = None
+    assert set(results.count_flagged()) == {"normal", "abnormal"}
+    results.scans = results.scans[:-1]
+    assert set(results.count_flagged()) == {"normal"}

@@ -1,0 +1,278 @@
+"""What is put into the slice store comes out again, and nothing half-written or harmful ever does."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.cli import DataError
+from preprocessing.geometry import Geometry
+from preprocessing.store import (
+    SAME_SETTINGS,
+    check_same_settings,
+    clear_leftovers,
+    list_scans,
+    name_slice,
+    read_scan,
+    read_slice,
+    write_scan,
+)
+
+RNG = np.random.default_rng(0)
+STACK = RNG.random((5, 16, 16)).astype(np.float16)
+LESION = (STACK > 0.9).astype(np.uint8)
+RECORD = {
+    "source": "/raw/a_T1w.nii.gz",
+    "sources": {"mask.nii.gz": "b" * 64, "a_T1w.nii.gz": "0123456789abcdef" * 4},
+    "format": 3,
+    "subject": "sub-a",
+    "session": "ses-1",
+    "age": 71.5,
+    "sex": "F",
+    "keep": 0.7,
+    "lesion_voxels": [0, 1, 2, 3, 4],
+    "shape": [20, 21, 22],
+    "affine": np.eye(4).tolist(),
+    "axes": "RAS",
+    "spacing_mm": [1.0, 2.0, 3.0],
+    "centre": [9.5, 10.0],
+    "pixel_mm": 12.5,
+    "size": 16,
+    "slices": [7, 8, 9, 10, 11],
+    "scale": [0.0, 900.0, 1.2],
+    "skull_off": True,
+}
+
+
+def put(root, place="test/abnormal/a_T1w", stack=STACK, lesion=LESION, **changes):
+    """Write a scan into the store and read its index entry back."""
+    folder = root / place
+    write_scan(folder, stack, lesion, RECORD | changes)
+    return read_scan(folder)
+
+
+def test_a_scan_comes_back_as_it_was_written(tmp_path):
+    scan = put(tmp_path)
+    assert (scan.name, scan.label, scan.split, scan.subject, scan.size) == ("a_T1w", "abnormal", "test", "sub-a", 16)
+    assert list(scan.indices) == [7, 8, 9, 10, 11]
+    assert scan.record == RECORD
+    assert scan.source_hash == "0123456789abcdef" * 2
+    np.testing.assert_array_equal(scan.read_stack(), STACK)
+    np.testing.assert_array_equal(scan.read_lesion(), LESION > 0)
+    assert scan.read_lesion().dtype == bool
+    np.testing.assert_array_equal(scan.read_middle(), STACK[2])
+    assert scan.geometry == Geometry.from_record(RECORD)
+
+
+def test_a_loaded_scan_holds_everything_that_later_stages_need(tmp_path):
+    loaded = put(tmp_path).load()
+    np.testing.assert_array_equal(loaded.stack, STACK)
+    np.testing.assert_array_equal(loaded.lesion, LESION > 0)
+    assert (loaded.name, loaded.label, loaded.subject, loaded.session) == ("a_T1w", "abnormal", "sub-a", "ses-1")
+    assert (loaded.age, loaded.sex, loaded.source) == (71.5, "F", "/raw/a_T1w.nii.gz")
+    assert (loaded.scale, loaded.skull_off) == ((0.0, 900.0, 1.2), True)
+    assert loaded.lesion_voxels == (0, 1, 2, 3, 4)
+    assert loaded.geometry.slices == (7, 8, 9, 10, 11)
+    assert loaded.warnings == ()
+    old = {key: value for key, value in RECORD.items() if key not in ("session", "age", "sex", "lesion_voxels")}
+    write_scan(tmp_path / "test/normal/b", STACK, None, old)
+    loaded = read_scan(tmp_path / "test/normal/b").load()
+    assert (loaded.session, loaded.age, loaded.sex, loaded.lesion_voxels) == ("", None, None, None)
+    small = put(tmp_path, "test/normal/c", stack=STACK[:, :8, :8], lesion=None, size=8, skull_off=False)
+    assert (small.size, small.load().skull_off) == (8, False)
+
+
+def test_slices_stand_on_disk_as_the_readme_says(tmp_path):
+    put(tmp_path)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    names = [f"slice_{index:03d}.npy" for index in RECORD["slices"]]
+    places = ("test/abnormal/a_T1w", "test/masks/a_T1w")
+    assert files == ["test/abnormal/a_T1w/scan.json", *(f"{place}/{name}" for place in places for name in names)]
+    values = np.load(tmp_path / "test/abnormal/a_T1w/slice_008.npy")
+    assert values.dtype == np.float16
+    np.testing.assert_array_equal(values, STACK[1])
+    assert np.load(tmp_path / "test/masks/a_T1w/slice_008.npy").dtype == np.uint8
+    assert json.loads((tmp_path / "test/abnormal/a_T1w/scan.json").read_text()) == RECORD
+    assert (name_slice(7), name_slice(123)) == ("slice_007.npy", "slice_123.npy")
+
+
+@pytest.mark.parametrize("order", [STACK.transpose(0, 2, 1).copy().transpose(0, 2, 1), STACK[:, ::-1]])
+def test_the_order_in_memory_does_not_matter(order, tmp_path):
+    scan = put(tmp_path, stack=order, lesion=(order > 0.5).astype(np.uint8))
+    np.testing.assert_array_equal(scan.read_stack(), order)
+    np.testing.assert_array_equal(scan.read_lesion(), order > 0.5)
+    np.testing.assert_array_equal(np.load(scan.folder / "slice_007.npy"), order[0])
+
+
+def test_a_lesion_is_all_false_in_a_normal_scan_and_unknown_without_a_mask(tmp_path):
+    assert not put(tmp_path, "test/normal/a", lesion=None).read_lesion().any()
+    assert put(tmp_path, "test/normal/a", lesion=None).read_lesion().shape == STACK.shape
+    assert put(tmp_path, "test/abnormal/b", lesion=None).read_lesion() is None
+
+
+def test_a_scan_written_again_replaces_all_of_the_old_one(tmp_path):
+    put(tmp_path)
+    put(tmp_path, "test/normal/a_T1w", lesion=None)
+    assert (tmp_path / "test/masks/a_T1w").is_dir(), "a normal scan of that name has no say in it"
+    scan = put(tmp_path, stack=STACK[:2], lesion=None, slices=[3, 4])
+    assert sorted(path.name for path in scan.folder.iterdir()) == ["scan.json", "slice_003.npy", "slice_004.npy"]
+    assert scan.read_lesion() is None
+    assert not (tmp_path / "test/masks/a_T1w").exists()
+
+
+def test_gaps_between_slices_are_kept(tmp_path):
+    scan = put(tmp_path, slices=[3, 4, 6, 7, 9])
+    assert list(scan.indices) == [3, 4, 6, 7, 9]
+    np.testing.assert_array_equal(scan.read_stack(), STACK)
+    assert put(tmp_path, "test/abnormal/b").indices == range(7, 12)
+
+
+def test_scans_are_listed_in_order_from_any_depth(tmp_path):
+    for place in ("val/normal/b", "train/normal/z", "train/normal/a", "test/abnormal/c"):
+        put(tmp_path, place)
+    (tmp_path / "train/normal/unfinished").mkdir()
+    shutil.copytree(tmp_path / "train/normal/a", tmp_path / "train/normal/.a.123.partial")
+    shutil.copytree(tmp_path / "train/normal/a", tmp_path / "train/masks/normal/a")
+    names = [str(scan.folder.relative_to(tmp_path)) for scan in list_scans(tmp_path)]
+    assert names == ["test/abnormal/c", "train/normal/a", "train/normal/z", "val/normal/b"]
+    assert [scan.name for scan in list_scans(tmp_path / "train")] == ["a", "z"]
+    assert [scan.name for scan in list_scans(tmp_path / "train/normal")] == ["a", "z"]
+    assert read_scan(tmp_path / "train/normal/unfinished") is None
+    assert read_scan(tmp_path / "train/normal/none") is None
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"), [("size", 32), ("format", 2), ("skull_off", False), ("keep", 0.5), ("pixel_mm", 8.0)]
+)
+def test_scans_made_with_other_settings_do_not_mix(setting, other, tmp_path):
+    scans = [put(tmp_path, "train/normal/a"), put(tmp_path, "train/normal/b", **{setting: other})]
+    with pytest.raises(DataError, match=rf"b: made with {setting} {other}, but .*a with {RECORD[setting]}"):
+        check_same_settings(scans)
+    wanted = {name: RECORD[name] for name in SAME_SETTINGS}
+    assert check_same_settings(scans[:1]) == wanted
+    assert check_same_settings(scans[:1], wanted) == wanted
+    with pytest.raises(DataError, match=rf"b: made with {setting} {other}, but the model's training slices"):
+        check_same_settings(scans[1:], wanted)
+
+
+def test_what_may_differ_does(tmp_path):
+    check_same_settings([put(tmp_path, "train/normal/a"), put(tmp_path, "train/normal/b", spacing_mm=[2, 2, 2])])
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("fails_at", [2, 7])  # among the masks, among the slices
+def test_a_full_disk_leaves_nothing_half_written(fails_at, tmp_path, monkeypatch):
+    calls = []
+
+    def fill_up(path, content):
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        path.touch()
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(OSError, match="No space"):
+        put(tmp_path)
+    assert list(list_scans(tmp_path)) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_leftovers_of_killed_processes_are_cleared_and_nothing_else(tmp_path):
+    scan = put(tmp_path)
+    for place in ("test/abnormal/.a.7.partial", "test/masks/.a.7.old", "test/abnormal/.kept", "test/abnormal/b.old"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "slice_001.npy").touch()
+    clear_leftovers(tmp_path)
+    assert {path.name for path in (tmp_path / "test/abnormal").iterdir()} == {"a_T1w", ".kept", "b.old"}
+    assert [path.name for path in (tmp_path / "test/masks").iterdir()] == ["a_T1w"]
+    np.testing.assert_array_equal(scan.read_stack(), STACK)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil-was-here", "w"))
+
+
+def make_evil_slices():
+    pickled, archive, huge, wrong = (io.BytesIO() for _ in range(4))
+    np.save(pickled, np.array([[Evil()]]), allow_pickle=True)
+    np.savez(archive, values=np.zeros((16, 16), np.float16))
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<f2", "fortran_order": False, "shape": (10**9, 10**9)})
+    np.save(wrong, np.zeros((16, 17), np.float16))
+    contents = [file.getvalue() for file in (pickled, archive, huge, wrong)]
+    return dict(zip(("pickled", "archive", "huge", "wrong"), contents, strict=True)) | {
+        "code": pickle.dumps(Evil()),
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("content", make_evil_slices().values(), ids=make_evil_slices().keys())
+def test_a_broken_or_harmful_slice_is_refused_by_name(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scan = put(tmp_path)
+    (scan.folder / "slice_009.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"slice_009\.npy") as error:
+        scan.read_stack()
+    assert "\n" not in str(error.value)
+    assert not Path("evil-was-here").exists()
+
+
+def test_slices_of_letters_are_refused_and_a_missing_one_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 4), "x"))
+    for name in ("a.npy", "none.npy"):
+        with pytest.raises(DataError, match=name):
+            read_slice(tmp_path / name, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slices": ["../../../outside"]},
+        {"slices": [-1]},
+        {"slices": []},
+        {"slices": [True]},
+        {"slices": {"0": 1}},
+        {"size": "32"},
+        {"subject": ["a"]},
+        {"keep": {}},
+        None,
+    ],
+)
+def test_a_record_cannot_lead_out_of_its_folder(change, tmp_path):
+    folder = put(tmp_path).folder
+    (folder / "scan.json").write_text(json.dumps(RECORD | change if change else [RECORD]))
+    with pytest.raises(DataError, match=r"scan\.json"):
+        read_scan(folder)
+
+
+def test_a_record_that_cannot_be_read_is_refused(tmp_path):
+    folder = put(tmp_path).folder
+    for content in (b"", b"{", b"\xff", b"[" * 100_000):
+        (folder / "scan.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"scan\.json: cannot be read"):
+            read_scan(folder)
+
+
+def test_the_index_of_many_scans_is_small(tmp_path):
+    for number in range(300):
+        folder = tmp_path / f"train/normal/sub-{number:06d}_T1w"
+        os.makedirs(folder)
+        (folder / "scan.json").write_text(json.dumps(RECORD))
+    next(list_scans(tmp_path))
+    tracemalloc.start()
+    scans = list(list_scans(tmp_path))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(scans) == 300
+    assert used / 300 < 1000, "bytes a scan"
