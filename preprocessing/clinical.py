@@ -262,8 +262,8 @@ def _refuse_conflicts(path: Path, rows: list[Row]) -> None:
         first, *others = [row for row in same if row.label] or same
         other = next((row for row in others if row.label != first.label), None)
         if other:
-            lines = f"{show(first.value)} on line {first.number} and {show(other.value)} on line {other.number}"
-            conflicts.append(f"{show(first.name)} is {lines}")
+            lines = f"{show(first.value)} on line {first.number} and as {show(other.value)} on line {other.number}"
+            conflicts.append(f"{show(first.name)} stands twice, as {lines}")
         if len({row.age for row in same} - {None}) > 1:
             ages.append(show(first.name))
     if conflicts:

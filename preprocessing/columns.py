@@ -74,9 +74,11 @@ def read_table(path: Path) -> Table:
     found = found or [table for lines in sheets for table in _add_header(path, lines)]
     if not found:
         first = next((lines[0].cells for lines in sheets if lines), ())
+        if not first:
+            raise DataError(f"{path}: cannot be read as a table (it is empty); give --clinical the clinical table")
         raise DataError(
             f"{path}: has none of the columns ID, subject, participant_id, PTID, MRI ID, scan, file beside one of CDR, "
-            f"DX, diagnosis, group, age, sex; its first line is {', '.join(map(show, first[:20])) or 'empty'}; "
+            f"DX, diagnosis, group, age, sex; its first line is {', '.join(map(show, first[:20]))}; "
             "put a line above that names the columns"
         )
     table = max(found, key=lambda table: len(table.columns))  # the first of the best

@@ -360,7 +360,7 @@ def test_oasis2_without_its_header_and_with_its_columns_in_another_order(tmp_pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "has none of the columns ID.*its first line is empty"),
+        ("", "cannot be read as a table .it is empty"),
         ("subject,colour\na,b\n", "has none of the columns ID"),
         ("name,colour\na,b\n", "has none of the columns ID.*its first line is name, colour; put a line above"),
         ("OAS1_0001_MR1,R,F,74,2,3,29,0,1344,0.743,1.306,N/A\n", "its first line is OAS1_0001_MR1, R, F, 74"),
@@ -478,7 +478,9 @@ def test_a_cell_far_out_does_not_fill_the_sheet_with_nothing(tmp_path):
 
 def test_two_labels_of_one_subject_are_named(tmp_path):
     text = "ID,Group\nsub-01,HC\nb,AD\nSUB_1,MCI\nb,dementia\nc,\nc,HC\n"
-    with pytest.raises(DataError, match=r"sub-01 is HC on line 2 and MCI on line 4; correct them.*session"):
+    with pytest.raises(
+        DataError, match=r"sub-01 stands twice, as HC on line 2 and as MCI on line 4; correct them.*session"
+    ):
         read_clinical(write(tmp_path, text))
     clinical = read_clinical(write(tmp_path, text.replace("MCI", "control")))
     assert [clinical.find(make_scan(subject)).label for subject in "bc"] == ["abnormal", "normal"]
@@ -492,6 +494,27 @@ def test_two_labels_of_one_subject_are_named(tmp_path):
     assert "has sub-01 but not its ses-03" in clinical.explain(make_scan("sub-01", "ses-03"))
     assert clinical.find(make_scan("sub-01")) is None
     assert "HC on line 2 and AD on line 3" in clinical.explain(make_scan("sub-01"))
+
+
+def test_the_nearest_rating_within_a_year_counts(tmp_path):
+    rows = ("1000,0", "1500,0.5", "1510,", "2600,1")
+    text = "OASISID,days_to_visit,CDRTOT\n" + "\n".join(f"OAS30001,{row}" for row in rows)
+    clinical = read_clinical(write(tmp_path, text))
+    nearest = {"d0635": 1000, "d0634": None, "d1249": 1000, "d1251": 1500, "d1511": 1500, "d1865": 1500, "d1866": None}
+    nearest["d1250"] = 1000  # of two as near the earlier one
+    for session, day in nearest.items():
+        row = clinical.find(make_scan("OAS30001", session))
+        assert (row and row.day) == day, session
+    alone = read_clinical(write(tmp_path, "OASISID,days_to_visit,CDRTOT\nOAS30001,10,\n"))
+    assert alone.find(make_scan("OAS30001", "d0010")).label is None
+
+
+def test_a_session_has_its_own_line_else_the_one_of_its_subject(tmp_path):
+    text = "participant_id,session_id,diagnosis\nsub-1,ses-a,ad\nsub-1,,control\nsub-2,ses-a,control\n"
+    clinical = read_clinical(write(tmp_path, text))
+    assert clinical.find(make_scan("sub-1", "ses-a")).label == "abnormal"
+    assert clinical.find(make_scan("sub-1", "ses-b")).label == "normal"
+    assert clinical.find(make_scan("2", "A")).label == "normal", "with or without sub- and ses-, whatever the case"
 
 
 def test_two_ages_of_one_subject_are_not_used(tmp_path, warnings):
