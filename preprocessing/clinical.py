@@ -29,6 +29,7 @@ from preprocessing.layouts import CONTRAST
 from preprocessing.scans import ENDINGS, Scan
 from preprocessing.spreadsheet import Line
 from preprocessing.visits import (
+    find_day,
     identify,
     is_comparable,
     is_same_calendar,
@@ -133,7 +134,7 @@ class Clinical:
         if rows is None:
             example = next(iter(self.rows.values()))[0].name
             return None, f"not in {self.path.name}, which has names such as {show(example)}"
-        day = read_day(scan.session)
+        day = find_day(scan.session, scan.path.as_posix())
         dated = [row for row in rows if row.day is not None and day is not None and is_same_calendar(row.day, day)]
         if dated:
             nearest = min([row for row in dated if row.label] or dated, key=lambda row: (abs(row.day - day), row.day))

@@ -49,8 +49,14 @@ def is_same_session(one: str, other: str) -> bool:
 
 def is_comparable(one: str, other: str) -> bool:
     """Whether two sessions are counted in one way, so that unequal ones are different: MR1 and MR2, not m12 and S7."""
-    kinds = [re.sub(r"[\d-]", "", make_session_key(session)) for session in (one, other)]
-    return bool(one and other) and (kinds[0] == kinds[1] or "" in kinds)
+    kinds = [_name_kind(session) for session in (one, other)]
+    return bool(one and other) and (kinds[0] == kinds[1] or ("" in kinds and "date" not in kinds))
+
+
+def _name_kind(session: str) -> str:
+    """`mr` of MR1, `m` of m12, "" of a bare number, `date` of a day or a year."""
+    key = make_session_key(session)
+    return "date" if read_day(session) or re.match(r"(19|20)\d\d(?!\d)", key) else re.sub(r"[\d-]", "", key)
 
 
 def read_day(text: str) -> int | None:
@@ -74,6 +80,12 @@ def read_day(text: str) -> int | None:
         return datetime.date(year + 2000 * (year < 100), month, day).toordinal()
     except ValueError:
         return None
+
+
+def find_day(session: str, path: str) -> int | None:
+    """The day of a scan: that of LONI's folder of a visit (ADNI, AIBL), where a date in a file's name is of processing."""
+    visit = re.search(r"/(\d{4}-\d\d-\d\d)_\d\d_\d\d_\d\d\.\d+/", path)
+    return read_day(visit[1] if visit else session)
 
 
 def is_same_calendar(one: int, other: int) -> bool:

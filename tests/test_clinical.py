@@ -1,9 +1,11 @@
 """Who is healthy, how old and which sex, from tables as they stand in public and as people write them."""
 
+import dataclasses
 import datetime
 import logging
 import struct
 import zipfile
+from pathlib import Path
 
 import openpyxl
 import pytest
@@ -79,7 +81,7 @@ UNKNOWN = (
 
 def make_scan(subject, session="", name=None, label=""):
     name = name or (f"{subject}_{session}" if session else subject)
-    return Scan(f"{name}.nii", name, "", label, subject, session, None, None)
+    return Scan(Path(f"{name}.nii"), name, "", label, subject, session, None, None)
 
 
 def write(tmp_path, content, name="table.csv"):
@@ -159,6 +161,11 @@ def warnings(caplog, monkeypatch):
             [
                 ("AIBL_4", "bl", "normal", None, None),
                 ("AIBL_4", "m18", "abnormal", None, None),
+                ("AIBL_4", "baseline_2010-02-01", "normal", None, None),
+                ("AIBL_4", "2010-02-01", None, None, None),  # a day tells nothing where the table has only visits
+                ("AIBL_1021", "2010-02-01", "abnormal", None, None),  # and need not, where they all say the same
+                ("AIBL_1021", "2010", "abnormal", None, None),
+                ("AIBL_1021", "m18", None, None, None),
                 ("AIBL_1021", "", "abnormal", None, None),
                 ("AIBL_1022", "", None, None, None),
             ],
@@ -191,6 +198,14 @@ def test_adnis_image_number_says_which_line_a_scan_is(tmp_path):
     clinical = read_clinical(write(tmp_path, ADNI))
     scan = make_scan("002_S_0413", name="ADNI_002_S_0413_MR_MPR__GradWarp_Br_20070806151213_S13894_I45118")
     assert clinical.find(scan).age == 77
+
+
+def test_the_folder_of_the_visit_says_the_day_not_the_date_of_processing_in_the_name(tmp_path):
+    clinical = read_clinical(write(tmp_path, ADNIMERGE))
+    scan = make_scan("011_S_0003", "2007-09-30", name="ADNI_011_S_0003_MR_MPR_Br_20070930114123_S13894_I1")
+    assert clinical.find(scan).label == "abnormal"
+    folder = Path("ADNI/011_S_0003/MPR__GradWarp/2005-09-14_16_17_47.0/S13894")
+    assert clinical.find(dataclasses.replace(scan, path=folder / scan.path)).label == "normal"
 
 
 def test_tables_without_a_diagnosis_give_ages_and_sexes(tmp_path):
@@ -307,6 +322,12 @@ def test_every_group_is_printed_with_its_label(tmp_path):
         "table.csv: Group unknown -> left out (1 line)",
     ]
     assert clinical.describe(blank="normal")[3] == "table.csv: Group blank -> normal (1 line)"
+    values = [f"v{n}" for n in range(60)]
+    text = "ID,Group\n" + "".join(f"{value},{value}\n" for value in values)
+    assert read_clinical(write(tmp_path, text), values).describe()[49:] == [
+        f"table.csv: Group {sorted(values)[49]} -> normal (1 line)",
+        "table.csv: 10 more values",
+    ]
 
 
 SEMICOLONS = OASIS1.replace(",", ";").replace(".", ",")
@@ -438,6 +459,7 @@ def test_old_excel_files_are_read(tmp_path):
                 stream += record(0x0003, place + struct.pack("<d", value))
     clinical = read_clinical(write(tmp_path, stream + record(0x000A, b""), "IXI.xls"), needs_labels=False)
     assert read_facts(clinical, [make_scan("IXI002"), make_scan("IXI012")]) == [(None, 35.8, "F"), (None, 38.78, "M")]
+    assert clinical.find(make_scan("IXI002")).name == "IXI002"
 
 
 @pytest.mark.parametrize(
