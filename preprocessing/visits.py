@@ -83,7 +83,7 @@ def read_day(text: str) -> int | None:
 
 
 def find_day(session: str, path: str) -> int | None:
-    """The day of a scan: that of LONI's folder of a visit (ADNI, AIBL), where a date in a file's name is of processing."""
+    """The day of a scan: that of its LONI folder (ADNI, AIBL) if any, for names there give that of processing."""
     visit = re.search(r"/(\d{4}-\d\d-\d\d)_\d\d_\d\d_\d\d\.\d+/", path)
     return read_day(visit[1] if visit else session)
 
