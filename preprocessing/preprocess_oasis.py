@@ -53,6 +53,8 @@ def preprocess(args: argparse.Namespace) -> int:
         modality=args.modality,
         pattern=args.subject_pattern,
         clinical=args.clinical,
+        normal_values=tuple(args.normal_values or ()),
+        abnormal_values=tuple(args.abnormal_values or ()),
         label=args.label,
         blank=args.blank_cdr,
         fractions=tuple(args.split),
@@ -86,6 +88,8 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header gives them" if scan.axes else ""
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
+    for note in found.notes:
+        log.info(f"  {note}")
     kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
@@ -232,7 +236,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="REGEX",
         help="who is who: searched in each path below --raw, the subject in parentheses; left out: names are read",
     )
-    parser.add_argument("--clinical", type=Path, help="clinical table (.csv, .tsv, .xlsx) that says who is normal")
+    parser.add_argument("--clinical", type=Path, help="clinical table (csv, tsv, xlsx, xls) that says who is normal")
+    for label in LABELS:
+        parser.add_argument(
+            f"--{label}-values", nargs="+", metavar="VALUE", help=f"values of the table's diagnosis that mean {label}"
+        )
     parser.add_argument(
         "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: such scans are not used"
     )
@@ -259,6 +267,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--split is three shares that sum to 1": min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6,
         "--workers is at least 1": args.workers < 1,
         "--json is about what was done, --dry-run does nothing; leave one out": args.json and args.dry_run,
+        "--normal-values and --abnormal-values are about a table; give it with --clinical": not args.clinical
+        and (args.normal_values or args.abnormal_values),
         "--volume counts from 0": args.volume is not None and args.volume < 0,
     }
     for message, is_wrong in wrong.items():

@@ -48,6 +48,7 @@ class Search(NamedTuple):
     scans: list[Scan]
     left_out: list[tuple[str, str]]  # (path, why): not meant to be used
     refused: list[tuple[str, str]]  # (path, why and its cure): meant, but cannot be used
+    notes: tuple[str, ...] = ()  # lines for the user: how the values of the clinical table are read
 
 
 def name_scan(path: Path) -> str:

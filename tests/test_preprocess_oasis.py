@@ -213,6 +213,7 @@ def test_from_discs_and_table_to_a_split_that_stays(discs, capsys):
     text = capsys.readouterr().out
     assert "OASIS-2 raw parts: 8 scans of 4 subjects in 8 sessions" in text
     assert "OAS2_0001_MR2: subject OAS2_0001, session MR2, axes ASL unless its header gives them" in text
+    assert "  table.csv: CDR 0 -> normal (7 lines)\n  table.csv: CDR 0.5 -> abnormal (1 line)\n" in text
     later = discs / "raw/OAS2_RAW_PART1/OAS2_0004_MR2"
     later.rename(discs / "later")
     assert run(*command) == 0
@@ -266,6 +267,18 @@ def test_a_label_that_changed_is_refused(discs):
     assert run(discs / "raw", discs / "out", "--label", "normal", "--split", "0", "0", "1") == 0
     with pytest.raises(DataError, match="is test/abnormal now; delete this folder"):
         run(discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"))
+
+
+def test_values_of_the_table_are_mapped_by_flags_which_need_a_table(discs, capsys):
+    (discs / "table.csv").write_text("ID,Group\n" + "".join(f"OAS2_000{n},{'AB'[n % 2]} x\n" for n in range(1, 5)))
+    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--dry-run")
+    with pytest.raises(DataError, match=r"A x \(2 lines\), B x \(2 lines\)"):
+        run(*command)
+    assert run(*command, "--normal-values", "A x", "--abnormal-values", "b_x") == 0
+    assert "  test/abnormal: 4 scans of 2 subjects" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(discs / "raw", discs / "out", "--label", "normal", "--normal-values", "A")
+    assert "give it with --clinical" in capsys.readouterr().err
 
 
 def test_a_subject_in_the_store_on_the_other_side_is_refused(tree):
