@@ -193,7 +193,7 @@ def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found
     masks = {path for found in (brains, lesions) for path in found.values()}
     sessions, left_out = {}, []
     for path in sorted(paths):
-        matched = None if path in masks else _match_kind(layout, path, modality)
+        matched = _match_kind(layout, path, modality)
         if matched:
             rank, match = matched
             groups = match.groupdict()
