@@ -124,21 +124,20 @@ def test_bad_scans_are_named_and_the_others_are_done(tree, capsys):
     folder = tree / "raw/train/normal"
     (folder / "empty_T1w.nii.gz").write_bytes(b"")
     save(folder / "flat_T1w.nii", np.full(HEAD.shape, 7, np.int16))
+    for name in ("twice.nii", "twice.nii.gz"):
+        save(folder / name)
     assert run(tree / "raw", tree / "out") == 3
     out, err = capsys.readouterr()
-    assert "3 done, 0 unchanged, 2 skipped" in out
+    assert "3 done, 0 unchanged, 4 skipped" in out
     lines = [line for line in err.splitlines() if line.startswith("skipped")]
-    assert [line.split(":")[0] for line in lines] == [
-        f"skipped {folder / name}" for name in ("empty_T1w.nii.gz", "flat_T1w.nii")
-    ]
+    names = ("twice.nii", "twice.nii.gz", "empty_T1w.nii.gz", "flat_T1w.nii")
+    assert [line.split(":")[0] for line in lines] == [f"skipped {folder / name}" for name in names]
     assert all(";" in line for line in lines), "the cure comes after the semicolon"
-    assert [entry["file"] for entry in read_record(tree / "out")["skipped"]] == [
-        line.split(":")[0][8:] for line in lines
-    ]
+    assert [entry["file"] for entry in read_record(tree / "out")["skipped"]] == [str(folder / name) for name in names]
     shutil.rmtree(tree / "raw/val")
     shutil.rmtree(tree / "raw/test")
     (folder / "a_T1w.nii").unlink()
-    with pytest.raises(DataError, match="not one of its 2 scans could be used"):
+    with pytest.raises(DataError, match="not one of its 4 scans could be used"):
         run(tree / "raw", tree / "out2")
 
 
@@ -248,6 +247,21 @@ def test_a_run_that_was_cut_off_goes_on_with_its_splits(discs):
         shutil.rmtree(folder)
     run(discs / "raw", discs / "out", *flags, "--seed", "1")
     assert read_record(discs / "out")["splits"] != planned
+
+
+def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.preprocess_oasis.preprocess_scan", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree / "raw", tree / "out")
+    assert read_record(tree / "out")["splits"] == {"a": "train", "b": "val", "c": "test"}
+    assert "scans" not in read_record(tree / "out")
+    (tree / "out/train/normal/.a_T1w.77.partial").mkdir(parents=True)
+    assert run(tree / "raw", tree / "out") == 0
+    assert not list((tree / "out").rglob("*.partial"))
 
 
 def test_a_split_cannot_lead_out_of_the_store(discs):
