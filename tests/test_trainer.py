@@ -193,6 +193,8 @@ def test_the_best_weights_are_kept_and_calibrated_on_the_validation_scans(proces
     assert (content["step"], content["val_loss"]) == (6, 1.0)
     last = torch.load(run / "last.pt", weights_only=True)
     assert last["step"] == 14
+    assert (last["best"]["step"], last["best"]["val_loss"]) == (6, 1.0), "a resumed run goes on with it"
+    assert last["best"]["weights"]["to_slice.0.bias"].tolist() == pytest.approx([0.6] * 16)
     assert last["model"]["to_slice.0.bias"].tolist() == pytest.approx([1.4] * 16)
     scans = [list(list_scans(processed / split)) for split in ("val", "train")]
     expected = calibrate_by_hand(run / "model.pt", scans[0])
