@@ -269,12 +269,12 @@ def test_layout_can_be_overridden(tmp_path):
     assert search(tmp_path, "oasis1").scans == []
 
 
-def test_of_two_masks_the_first_counts(tmp_path):
+def test_of_two_masks_that_of_the_brain_counts(tmp_path):
     for name in ("a.nii", "a_mask.nii", "a_brain_mask.nii"):
         (tmp_path / name).touch()
     found = search(tmp_path)
     assert found.scans[0].brain_mask.name == "a_brain_mask.nii"
-    assert found.left_out == [(str(tmp_path / "a_mask.nii"), "a label map, not a scan")]
+    assert [path for path, _ in found.left_out] == [str(tmp_path / "a_mask.nii")]
 
 
 def test_the_aligned_volume_without_skull_is_neurites_best(tmp_path):
