@@ -175,6 +175,7 @@ def train_with_losses(trainer, losses, monkeypatch):
     monkeypatch.setattr(trainer, "validate", lambda: next(losses))
     trainer.run.mkdir()
     trainer.fit()
+    (trainer.run / "log.csv").unlink()  # as if it was killed between last.pt and its log
     trainer.finish()
 
 
