@@ -170,7 +170,7 @@ def draw_figures(out: Path, results: Results, content: dict) -> dict[str, str]:
     calibration, counts, flagged = content["calibration"], content["counts"], content["flagged"]
     asked, threshold = content["settings"]["false_positive_rate"], calibration["voxel_threshold"]
     pictures = {}
-    for level, rows in (("slices", results.list_judged()), ("scans", results.scans)):
+    for level, rows in (("slices", results.list_counted_slices()), ("scans", results.scans)):
         labels = np.array([row["label"] == "abnormal" for row in rows])
         one = level.removesuffix("s")
         if labels.any() and not labels.all():

@@ -1,4 +1,4 @@
-"""Is a scan one that the model may be asked about: unseen, and like those that it was trained on?"""
+"""Checks a scan before its prediction: the model has not seen it, and it is like the training scans."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BRAIN_ML = (700, 2000)  # of an adult
 # Median z-score of a brain's intensity: up to 0.5 in healthy scans that were validated or trained on, 1.0 or more in
 # scans with dark for bright.
 HIGHEST_DEVIATION = 0.7
-FLIPS = {"upside down": 0, "back to front": 1}  # axes of a stack; left and right look too much alike
+FLIPS = {"upside down": 0, "back to front": 1}  # axes of a stack; left and right are too similar
 
 
 def refuse_seen(scans: list[StoredScan], predictor: Predictor) -> None:
-    """DataError where the model was trained or calibrated on one of the scans: it looks more normal than a new one."""
+    """DataError where the model was trained or calibrated on one of the scans: it would score lower than a new one."""
     seen = [scan for scan in scans if scan.source_hash in predictor.seen]
     if seen:
         others = f", and on {len(seen) - 1} others of these" if seen[1:] else ""
@@ -42,7 +42,7 @@ def find_mismatches(scan: LoadedScan, predictor: Predictor) -> list[str]:
         sizes = " x ".join(f"{side:g}" for side in spacing)
         found.append(f"its voxels of {sizes} mm are coarser than what the model was tried on")
     if skull_off and scan.brain_ml is not None and not BRAIN_ML[0] <= scan.brain_ml <= BRAIN_ML[1]:
-        found.append(f"its brain mask of {scan.brain_ml:.0f} ml is no adult brain's; look at the mask")
+        found.append(f"its brain mask of {scan.brain_ml:.0f} ml is no adult brain's; check the mask")
     return found + _find_odd_intensities(scan, predictor)
 
 

@@ -200,10 +200,10 @@ def measure_detectability(lesions: list[dict], by: Callable[[dict], str | None],
         rows = [row for row in lesions if by(row) == group]
         if rows:
             subjects = [row["subject"] for row in rows]
-            behind = {"subjects": len(set(subjects)), "lesions": len(rows)}
-            behind["scans"] = len({(row["label"], row["scan"]) for row in rows})
+            sizes = {"subjects": len(set(subjects)), "lesions": len(rows)}
+            sizes["scans"] = len({(row["label"], row["scan"]) for row in rows})
             figures = {name: mean([row[key] for row in rows], subjects) for name, key in FIGURES_OF_LESIONS.items()}
-            measured.append({"group": group} | figures | behind)
+            measured.append({"group": group} | figures | sizes)
     return measured
 
 

@@ -66,7 +66,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model with its calibration, and what is asked of its predictions.
+    """A trained model with its calibration, and the options of its predictions.
 
     slices               the settings that its training slices were made with
     seen                 the hashes of the scans that it was trained or calibrated on

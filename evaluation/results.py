@@ -51,8 +51,8 @@ class Results:
         lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
         self.lesions += [who | lesion for lesion in lesions]
 
-    def list_judged(self) -> list[dict]:
-        """The slices that slice figures are about: those that hold a lesion, and all slices of normal scans.
+    def list_counted_slices(self) -> list[dict]:
+        """The slices that slice metrics are computed on: those with a lesion, and all slices of normal scans.
 
         Where no lesion masks are known, every slice of an abnormal scan counts as abnormal.
         """
@@ -70,7 +70,7 @@ class Results:
         return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)}
 
     def measure(self, threshold: float, quiet: bool) -> dict[str, dict]:
-        """All figures by detector, each with how much stands behind it.
+        """All figures by detector, each with its sample sizes.
 
         threshold: the calibrated one of the anomaly map, for the Dice that needs no labels to choose it.
         """
@@ -79,19 +79,19 @@ class Results:
 
     def _measure_detector(self, name: str, threshold: float | None) -> dict:
         figures = {}
-        for level, rows in (("slice", self.list_judged()), ("scan", self.scans)):
+        for level, rows in (("slice", self.list_counted_slices()), ("scan", self.scans)):
             scores, subjects = ([row[key] for row in rows] for key in (name, "subject"))
             labels = [row["label"] == "abnormal" for row in rows]
             if any(labels) and not all(labels):
-                behind = {"subjects": len(set(subjects)), "scans": len({(r["label"], r["scan"]) for r in rows})}
-                behind |= {"slices": len(rows)} if level == "slice" else {}
-                figures[f"{level}_auroc"] = auroc(labels, scores, subjects) | behind
-                figures[f"{level}_ap"] = average_precision(labels, scores, subjects) | behind
+                sizes = {"subjects": len(set(subjects)), "scans": len({(r["label"], r["scan"]) for r in rows})}
+                sizes |= {"slices": len(rows)} if level == "slice" else {}
+                figures[f"{level}_auroc"] = auroc(labels, scores, subjects) | sizes
+                figures[f"{level}_ap"] = average_precision(labels, scores, subjects) | sizes
         if self.voxels[name].hold_lesions() and all(row["lesion_known"] for row in self.scans):
             counts = self.count()
-            behind = {key: counts[key] for key in ("subjects", "slices", "lesions")} | {"scans": len(self.scans)}
+            sizes = {key: counts[key] for key in ("subjects", "slices", "lesions")} | {"scans": len(self.scans)}
             voxels = self.voxels[name].figures(threshold)
-            figures |= {key: value | behind if isinstance(value, dict) else value for key, value in voxels.items()}
+            figures |= {key: value | sizes if isinstance(value, dict) else value for key, value in voxels.items()}
         return figures
 
     def measure_lesions(self) -> dict[str, list[dict]]:

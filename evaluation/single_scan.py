@@ -89,7 +89,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
 
 
 def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], predictor: Predictor) -> None:
-    """Log what a person reads of one scan, its mismatches first: they are heard even where the rest is silent."""
+    """Log what a person reads of one scan. Its mismatches come first, and are printed even with --quiet and --json."""
     row, regions, known = prediction.scan_row, prediction.regions, predictor.calibration.normal_scans
     log.info(prediction.scan.source)
     level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.WARNING

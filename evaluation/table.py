@@ -30,7 +30,7 @@ def make_table(named: dict[str, dict]) -> pd.DataFrame:
 
 
 def describe_counts(metrics: dict) -> str:
-    """One sentence: how much stands behind the figures."""
+    """The sample sizes in one sentence."""
     counts = metrics["counts"]
     lesions = f" with {counts['lesions']} lesions" if counts["lesions"] else ""
     return (
@@ -40,7 +40,7 @@ def describe_counts(metrics: dict) -> str:
 
 
 def format_markdown(named: dict[str, dict]) -> str:
-    """The Markdown table of {name: metrics}, all of the same data, with a sentence on what stands behind it."""
+    """The Markdown table of {name: metrics}, all of the same data, with the sample sizes in a sentence."""
     table = make_table(named)
     lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
     lines += [f"| {' | '.join([title, *cells])} |" for title, cells in zip(table.index, table.values, strict=True)]

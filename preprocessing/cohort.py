@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.cli import DataError
-from preprocessing.clinical import CDR_WITHIN_DAYS, Clinical, read_clinical
+from preprocessing.clinical import Clinical, read_clinical
 from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
 from preprocessing.store import StoredScan
 from preprocessing.subjects import key_subject
@@ -19,21 +19,25 @@ from preprocessing.subjects import key_subject
 class CohortRules:
     """How a folder becomes a cohort.
 
-    layout     how the folder stands on disk; None: what fits its paths best
-    modality   the contrast to take
-    pattern    a regular expression over paths whose group is the subject; None: names are read
-    clinical   the clinical table that says who is normal
-    label      label of all scans, where there is no table
-    blank      label of the scans whose cell in the table is empty; None leaves them out
-    fractions  shares of the normal subjects for train, val and test, summing to 1
-    seed       of the split
-    axes       where the stored axes point to where no header says; None: what the layout says
+    layout           how the folder is laid out; None: the layout that fits its paths best
+    modality         the contrast to take
+    pattern          a regular expression over paths whose group is the subject; None: names are read
+    clinical         the clinical table that says who is normal
+    normal_values    values of the table that mean a healthy person, beside those that are known
+    abnormal_values  values of the table that mean a patient
+    label            label of all scans, where there is no table
+    blank            label of the scans whose cell in the table is empty; None leaves them out
+    fractions        shares of the normal subjects for train, val and test, summing to 1
+    seed             of the split
+    axes             where the stored axes point to where no header says; None: what the layout says
     """
 
     layout: str | None = None
     modality: str = "t1"
     pattern: str | None = None
     clinical: Path | None = None
+    normal_values: tuple[str, ...] = ()
+    abnormal_values: tuple[str, ...] = ()
     label: str | None = None
     blank: str | None = None
     fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
@@ -58,8 +62,13 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
             f"{raw}: nothing says which of its {len(found.scans)} scans are normal; give the clinical table with "
             "--clinical FILE, or say --label normal (split by subject) or --label abnormal (all for testing)"
         )
-    clinical = read_clinical(rules.clinical) if rules.clinical else None
-    scans, not_labelled = label_scans(found.scans, clinical, rules.label, rules.blank)
+    scans, clinical = found.scans, None
+    if rules.clinical:
+        needs_labels = not (in_tree or rules.label)
+        clinical = read_clinical(rules.clinical, rules.normal_values, rules.abnormal_values, needs_labels)
+        scans = clinical.name_persons(scans)
+        found = found._replace(notes=tuple(clinical.describe(rules.blank if needs_labels else None)))
+    scans, not_labelled = label_scans(scans, clinical, rules.label, rules.blank)
     subjects = {scan.name: scan.subject for scan in scans}  # as names are read today, whatever an older store says
     kept = [(subjects.get(old.name, old.subject), old.split, str(old.folder)) for old in stored]
     if not in_tree:
@@ -83,17 +92,20 @@ def label_scans(
     """Give each scan its label, age and sex; returns (scans, [(path, why it is left out)]).
 
     A scan keeps the label that it has from the split/label tree; DataError is raised where the table contradicts it.
-    `label` is that of all scans, `blank` that of scans whose cell in the table is empty (None leaves them out).
+    `label` is that of all scans and must not contradict the table either, `blank` that of scans whose cell in the table
+    is empty (None leaves them out).
     """
     labelled, left_out = [], []
     for scan in scans:
         row = clinical.find(scan) if clinical else None
         if row:
             scan = replace(scan, age=row.age, sex=row.sex)
-            if scan.label and row.label and row.label != scan.label:
-                raise DataError(
-                    f"{scan.path}: is among the {scan.label} and is {row.label} in {clinical.path}; move it"
+            known = scan.label or label
+            if known and row.label and row.label != known:
+                where, cure = (
+                    (f"is among the {known}", "move it") if scan.label else (f"--label is {known}", "leave it out")
                 )
+                raise DataError(f"{scan.path}: {where} and is {row.label} in {clinical.path}; {cure}")
         given = scan.label or label or (row and (row.label or blank))
         if given:
             lesion_mask = scan.lesion_mask if given == "abnormal" else None  # a normal scan has no lesion
@@ -104,8 +116,7 @@ def label_scans(
             )
             left_out.append((str(scan.path), why))
         else:
-            near = f" within {CDR_WITHIN_DAYS} days" if scan.session.startswith("d") else ""
-            left_out.append((str(scan.path), f"not in {clinical.path.name}{near}"))
+            left_out.append((str(scan.path), clinical.explain(scan)))
     return labelled, left_out
 
 

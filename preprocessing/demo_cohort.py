@@ -104,7 +104,7 @@ def make_scan(template: Template, place: Place, settings: CohortSettings) -> Non
     save_volume(place.mask_path("brain"), brain.astype(np.uint8), affine, orientation)
     if lesion is not None:
         save_volume(place.mask_path("lesion"), lesion.astype(np.uint8), affine, orientation)
-    save_volume(place.scan_path, scan, affine, orientation)  # last: where it stands, its masks do too
+    save_volume(place.scan_path, scan, affine, orientation)  # last: a scan that exists has its masks
 
 
 def list_places(raw: Path, settings: CohortSettings) -> list[Place]:

@@ -192,9 +192,12 @@ def _name_scans(scans: list[_Volume]) -> dict[str, str]:
 
 
 def _index_masks(masks: list[_Volume]) -> dict[tuple[str, str | None, str], str]:
-    """Paths by kind, folder and base, and by kind, None and base wherever they stand; the first of each."""
+    """Paths by kind, folder and base, and by kind, None and base wherever they stand.
+
+    Of several, a mask whose name says that it is the brain's, then the first.
+    """
     index = {}
-    for mask in masks:
+    for mask in sorted(masks, key=lambda mask: "brain" not in mask.stem.lower()):
         index.setdefault((mask.kind, mask.folder, mask.base.lower()), mask.path)
         index.setdefault((mask.kind, None, mask.base.lower()), mask.path)
     return index

@@ -20,7 +20,7 @@ from preprocessing.volume import Volume, find_box
 SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
 MEDIAN = 0.62  # what half of the brain lies below
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
-SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans look like 2 mm ones
+SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans resemble 2 mm ones
 
 Box = tuple[slice, slice, slice]  # along Z, Y and X
 Scale = tuple[float, float, float]  # (low, high, exponent) of `scale_intensity`

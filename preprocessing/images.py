@@ -82,8 +82,6 @@ def _check_file(path: Path) -> None:
 def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, int], int, int]:
     """(shape of one volume, how many volumes, voxels before the one picked)."""
     shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if len(shape) < 3 or min(shape[:3]) < 2 or min(shape) < 1:
         raise DataError(f"{path}: shape {shape} is not a volume; give a 3-D scan")
     count = int(np.prod(shape[:3], dtype=object))
@@ -102,32 +100,27 @@ def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, 
 
 
 def _find_affine(path: Path, image, shape: tuple, axes: str | None, distrusted: str | None) -> np.ndarray:
-    zooms = _read_zooms(image)
     oriented = _has_orientation(image)
     affine = np.asarray(image.affine, dtype=float)
-    if oriented and np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
-        if not (isinstance(image, nib.Nifti1Pair) and image.header["sform_code"] == 0):
-            zooms = nib.affines.voxel_sizes(affine)
-        oriented = "".join(aff2axcodes(affine)) != distrusted
-    elif oriented:
+    if oriented and not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3):
         raise DataError(f"{path}: its header's orientation matrix is singular; convert it again from its source")
+    is_quaternion = isinstance(image, nib.Nifti1Pair) and image.header["sform_code"] == 0
+    zooms = nib.affines.voxel_sizes(affine) if oriented and not is_quaternion else _read_zooms(image)
     if not np.isfinite(zooms).all() or zooms.min() < SPACING_MM[0] or zooms.max() > SPACING_MM[1]:
         sizes = ", ".join(f"{zoom:g}" for zoom in zooms)
         raise DataError(f"{path}: its header claims voxels of {sizes} mm; correct the header")
-    if oriented:
+    if oriented and "".join(aff2axcodes(affine)) != distrusted:
         return affine
     if axes is None:
         raise DataError(f"{path}: its header does not give its orientation; give --axes, where its axes point to")
     return _make_affine(axes, shape, zooms)
 
 
-def _read_zooms(image) -> np.ndarray:
-    """Voxel sizes in mm as the header says them: nibabel has made 1 of 0 by now."""
-    if isinstance(image, nib.AnalyzeImage):  # NIfTI images are, too
-        holder = image.file_map["header" if "header" in image.file_map else "image"]
-        with holder.get_prepare_fileobj("rb") as file:
-            return np.abs(type(image.header).from_fileobj(file, check=False)["pixdim"][1:4].astype(float))
-    return np.asarray(image.header.get_zooms()[:3], dtype=float)
+def _read_zooms(image: nib.AnalyzeImage) -> np.ndarray:
+    """Voxel sizes in mm as an Analyze or NIfTI header gives them, before nibabel replaces 0 by 1."""
+    holder = image.file_map["header" if "header" in image.file_map else "image"]
+    with holder.get_prepare_fileobj("rb") as file:
+        return np.abs(type(image.header).from_fileobj(file, check=False)["pixdim"][1:4].astype(float))
 
 
 def _has_orientation(image) -> bool:
@@ -161,7 +154,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
     first, wanted, stored = start + skip * dtype.itemsize, count * dtype.itemsize, path.stat().st_size
     promised = start + volumes * wanted
     packed = path.name.lower().endswith((".gz", ".mgz"))
-    if start < 0 or first + wanted > stored * (DEFLATE_RATIO if packed else 1):
+    if first + wanted > stored * (DEFLATE_RATIO if packed else 1):
         raise DataError(f"{path}: is truncated: {stored} bytes cannot hold what its header says; copy it again")
     content, size, filled = np.empty(wanted if packed else 0, np.uint8), stored, 0  # wanted is bounded by now
     if packed:
@@ -172,7 +165,7 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
             filled += len(part)
             size += len(piece)
             if volumes > 1 and size >= first + wanted:
-                break  # a single volume is read to its end, where the checksum stands
+                break  # a single volume is read to its end, where the checksum is
     if packed and filled < wanted:
         raise DataError(f"{path}: is truncated: {filled} of {wanted} bytes; copy it again")
     if size - promised > max(promised // 100, 1 << 16):

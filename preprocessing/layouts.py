@@ -1,4 +1,4 @@
-"""How public data sets stand on disk: which file is a session's scan, whose it is, and which files are its masks.
+"""How public data sets are laid out on disk: which file is a session's scan, whose it is, which files are its masks.
 
 A layout is a table of patterns over paths. Nothing here opens a file.
 """
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set's way to stand on disk."""
+    """How one data set is laid out on disk."""
 
     name: str
     about: str
@@ -91,7 +91,7 @@ LAYOUTS = {
             "oasis1",
             "OASIS-1 discs",
             (
-                # Analyze does not tell: atlas images lie transverse in Analyze's own order, the others sagittal.
+                # Analyze files do not say: atlas images are stored transverse, the others sagittal.
                 Kind(_OASIS1 + "_t88_masked_gfc", "LAS"),
                 Kind(_OASIS1 + "_t88_gfc", "LAS"),
                 Kind(_OASIS1 + "_sbj_111", "ASL"),
@@ -191,7 +191,7 @@ def recognise(paths: list[str], modality: str) -> Layout:
 def arrange(
     layout: Layout, paths: list[str], modality: str, pattern: str | None = None
 ) -> tuple[list[Found], list[tuple[str, str]]]:
-    """Tell a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
+    """Separate a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
     brains, lesions = (_key_masks(masks, paths) for masks in (layout.brain_mask, layout.lesion_mask))
     masks = {path for found in (brains, lesions) for path in found.values()}
     sessions, left_out = {}, []

@@ -53,6 +53,8 @@ def preprocess(args: argparse.Namespace) -> int:
         modality=args.modality,
         pattern=args.subject_pattern,
         clinical=args.clinical,
+        normal_values=tuple(args.normal_values or ()),
+        abnormal_values=tuple(args.abnormal_values or ()),
         label=args.label,
         blank=args.blank_cdr,
         fractions=tuple(args.split),
@@ -70,7 +72,7 @@ def preprocess(args: argparse.Namespace) -> int:
 
 
 def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) -> None:
-    """Say what was found and what will be done with it, file by file in a dry run."""
+    """Log what was found and what will be done with it, file by file in a dry run."""
     about = LAYOUTS[found.layout].about if found.layout in LAYOUTS else found.layout
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = {scan.subject for scan in found.scans}
@@ -86,6 +88,8 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header gives them" if scan.axes else ""
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
+    for note in found.notes:
+        log.info(f"  {note}")
     kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
@@ -224,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="folder the slices go to")
-    parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder stands on disk; left out: what fits best")
+    parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder is laid out; left out: what fits best")
     parser.add_argument("--modality", choices=MODALITIES, default="t1", help="contrast to take")
     parser.add_argument(
         "--subject-pattern",
@@ -232,7 +236,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="REGEX",
         help="who is who: searched in each path below --raw, the subject in parentheses; left out: names are read",
     )
-    parser.add_argument("--clinical", type=Path, help="clinical table (.csv, .tsv, .xlsx) that says who is normal")
+    parser.add_argument("--clinical", type=Path, help="clinical table (csv, tsv, xlsx, xls) that says who is normal")
+    for label in LABELS:
+        parser.add_argument(
+            f"--{label}-values", nargs="+", metavar="VALUE", help=f"values of the table's diagnosis that mean {label}"
+        )
     parser.add_argument(
         "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: such scans are not used"
     )
@@ -259,6 +267,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--split is three shares that sum to 1": min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6,
         "--workers is at least 1": args.workers < 1,
         "--json is about what was done, --dry-run does nothing; leave one out": args.json and args.dry_run,
+        "--normal-values and --abnormal-values are about a table; give it with --clinical": not args.clinical
+        and (args.normal_values or args.abnormal_values),
         "--volume counts from 0": args.volume is not None and args.volume < 0,
     }
     for message, is_wrong in wrong.items():

@@ -48,6 +48,7 @@ class Search(NamedTuple):
     scans: list[Scan]
     left_out: list[tuple[str, str]]  # (path, why): not meant to be used
     refused: list[tuple[str, str]]  # (path, why and its cure): meant, but cannot be used
+    notes: tuple[str, ...] = ()  # lines for the user: how the values of the clinical table are read
 
 
 def name_scan(path: Path) -> str:
@@ -139,7 +140,7 @@ def _search_folder(
 ) -> Search:
     paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
-    if modality != "t1" and modality not in rules.modalities:
+    if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
     if rules.name == "folder":
         found, left_out = arrange_folder(paths, modality, pattern, _read_channels(folder))
@@ -180,7 +181,7 @@ def _read_channels(folder: Path) -> dict[int, str]:
 
 
 def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
-    """The scan with what the tree says about it."""
+    """The scan with the split, label and masks that the tree gives it."""
     ids = (scan.name, CONTRAST.sub("", scan.name))
     brain, lesion = (
         next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")

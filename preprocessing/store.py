@@ -1,4 +1,4 @@
-"""The slice store: the only place that knows how slices stand on disk.
+"""The slice store: the only place that knows how slices are stored.
 
     <processed>/<split>/<label>/<scan>/slice_087.npy   one axial slice, (size, size) float16 in [0, 1]
     <processed>/<split>/<label>/<scan>/scan.json       whose it is and how to go back to the scan's own grid
@@ -34,14 +34,14 @@ _SETTINGS: dict[tuple, tuple] = {}  # each combination once, whatever number of 
 class LoadedScan:
     """A scan in memory, from the store or straight from its file.
 
-    label         normal, abnormal, or empty where nobody has said
+    label         normal, abnormal, or empty where it is not known
     stack         (n, size, size) float16 in [0, 1], the background exactly 0 and the brain above 0
     lesion        (n, size, size) bool, or None where no lesion mask is known
     scale         the scanner values that became 0 and 1, and the exponent (`geometry.scale_intensity`)
     skull_off     whether the stack shows the brain alone
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
     brain_ml      volume of the brain mask, where the scan comes from its file
-    warnings      what is taken on trust, in words
+    warnings      what a reader should know before trusting the scan
     """
 
     name: str
@@ -98,7 +98,7 @@ class StoredScan:
 
     @property
     def source_hash(self) -> str:
-        """What tells the scan's own file from all others, whatever it is called: half of its SHA-256."""
+        """Identifies the scan's own file, whatever its name: half of its SHA-256."""
         record = self.record
         return record["sources"][Path(record["source"]).name][:32]
 
@@ -167,7 +167,7 @@ def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, recor
     elif folder.parent.name == "abnormal":
         shutil.rmtree(lesion_folder, ignore_errors=True)
     try:
-        _write_folder(folder, stack, record["slices"], record)  # last: a scan whose scan.json stands is complete
+        _write_folder(folder, stack, record["slices"], record)  # last: a scan with a scan.json is complete
     except OSError:
         if lesion is not None:
             shutil.rmtree(lesion_folder, ignore_errors=True)
@@ -192,8 +192,7 @@ def read_scan(folder: Path) -> StoredScan | None:
         and type(record.get("size")) is int
     ):
         raise DataError(
-            f"{folder / 'scan.json'}: does not say subject, slices and size as it should; delete the folder, "
-            "preprocess again"
+            f"{folder / 'scan.json'}: lacks a valid subject, slices or size; delete the folder, preprocess again"
         )
     run = range(slices[0], slices[-1] + 1)
     settings = tuple(record.get(setting) for setting in SAME_SETTINGS)

@@ -81,10 +81,10 @@ def make_stack(seed: int = 0, slices: int = LEVELS) -> np.ndarray:
 
 
 def make_calibration(deviation: float = 0.1, **changes) -> Calibration:
-    """A calibration under which the anomaly map is the plain one; healthy intensities are those of `make_stack`."""
+    """A calibration that expects more of negative residuals; healthy intensities are those of `make_stack`."""
     mean = torch.from_numpy(make_stack().astype(np.float32))
     calibration = Calibration(
-        expected_residual=torch.full((2, LEVELS, SIZE, SIZE), 0.1),
+        expected_residual=torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1).repeat(1, LEVELS, SIZE, SIZE),
         texture_edges=torch.linspace(0, 1, TEXTURE_BINS + 1)[1:-1].repeat(2, 1),
         texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS),
         intensity=torch.stack([mean, torch.full_like(mean, deviation)]),

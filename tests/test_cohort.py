@@ -48,14 +48,14 @@ def test_the_table_gives_label_age_and_sex(tmp_path, clinical):
     ]
     assert [path for path, _ in left_out] == [str(scan.path) for scan in scans[2:]]
     assert left_out[0][1] == "its CDR is blank in a.csv; --blank-cdr normal would take it as normal"
-    assert left_out[1][1] == "not in a.csv"
+    assert left_out[1][1] == "not in a.csv, which has names such as OAS1_0001_MR1"
 
 
 @pytest.mark.parametrize("blank", ["normal", "abnormal"])
 def test_blank_is_a_label_only_where_asked_for_and_absent_never(blank, tmp_path, clinical):
-    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (3, 4)]
+    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (1, 2, 3, 4)]
     labelled, left_out = label_scans(scans, clinical, None, blank)
-    assert [(scan.subject, scan.label) for scan in labelled] == [("OAS1_0003", blank)]
+    assert [scan.label for scan in labelled] == ["normal", "abnormal", blank]
     assert len(left_out) == 1
 
 
@@ -72,13 +72,24 @@ def test_the_tree_goes_before_the_table_and_must_not_contradict_it(tmp_path, cli
     scan = make_scan(tmp_path, "OAS1_0003", "MR1", "train", "abnormal")
     ((labelled,), _) = label_scans([scan], clinical, None, None)
     assert (labelled.label, labelled.age) == ("abnormal", 21)
+    assert label_scans([scan], None, "normal", None)[0][0].label == "abnormal"
     with pytest.raises(DataError, match=r"is among the normal and is abnormal in .*a\.csv; move it"):
         label_scans([make_scan(tmp_path, "OAS1_0002", "MR1", "train", "normal")], clinical, None, None)
 
 
 def test_the_year_around_a_scan_is_named_where_a_session_is_a_day(tmp_path, clinical):
+    (tmp_path / "b.csv").write_text("OASISID,days_to_visit,CDRTOT\nOAS30001,466,0\n")
+    clinical = read_clinical(tmp_path / "b.csv")
     _, ((_, why),) = label_scans([make_scan(tmp_path, "OAS30001", "d0100")], clinical, None, None)
-    assert why == "not in a.csv within 365 days"
+    assert why == "not in b.csv within 365 days"
+
+
+def test_one_label_for_all_must_not_contradict_the_table(tmp_path, clinical):
+    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (1, 3, 4)]
+    labelled, _ = label_scans(scans, clinical, "normal", None)
+    assert [(scan.label, scan.age) for scan in labelled] == [("normal", 74), ("normal", 21), ("normal", None)]
+    with pytest.raises(DataError, match=r"--label is abnormal and is normal in .*a\.csv; leave it out"):
+        label_scans(scans, clinical, "abnormal", None)
 
 
 # Splits.
@@ -184,7 +195,7 @@ def test_a_mixture_is_refused_with_the_list_of_the_fewer():
 @pytest.fixture
 def tree(tmp_path):
     """Two training scans and a test scan in a split/label tree; nothing is read of them, so they are empty."""
-    for place in ("train/normal/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
+    for place in ("train/normal/z/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
         (tmp_path / "raw" / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "raw" / place).touch()
     return tmp_path
@@ -264,9 +275,47 @@ def test_without_a_tree_something_must_say_who_is_normal(folder):
     assert {scan.axes for scan in found.scans} == {"LAS"}
     assert [scan.label for scan in plan_tree(folder, label="abnormal").scans] == 4 * ["abnormal"]
     assert len(plan_tree(folder, clinical=folder / "a.csv", blank="normal").scans) == 3
+    assert plan_tree(folder, clinical=folder / "a.csv").notes == (
+        "a.csv: CDR 0 -> normal (1 line)",
+        "a.csv: CDR 0.5 -> abnormal (1 line)",
+        "a.csv: CDR blank -> left out (1 line)",
+    )
     (folder / "a.csv").write_text("ID,CDR\nOAS1_0009_MR1,0\n")
     with pytest.raises(DataError, match=r"none of its 4 scans has a label; not in a\.csv"):
         plan_tree(folder, clinical=folder / "a.csv")
+
+
+def test_a_table_without_labels_gives_ages_where_the_label_is_given(folder):
+    (folder / "a.csv").write_text("ID,Age,M/F\nOAS1_0001_MR1,74,F\n")
+    with pytest.raises(DataError, match="none of the columns CDR"):
+        plan_tree(folder, clinical=folder / "a.csv")
+    found = plan_tree(folder, clinical=folder / "a.csv", label="normal")
+    assert {scan.subject: (scan.age, scan.sex) for scan in found.scans} == {
+        "OAS1_0001": (74, "F"),
+        **dict.fromkeys(("OAS1_0002", "OAS1_0003", "OAS1_0004"), (None, None)),
+    }
+
+
+def test_values_that_are_mapped_give_labels(folder):
+    (folder / "a.csv").write_text("ID,Group\nOAS1_0001_MR1,1\nOAS1_0002_MR1,2\n")
+    with pytest.raises(DataError, match=r"1 \(1 line\), 2 \(1 line\); map them with --normal-values"):
+        plan_tree(folder, clinical=folder / "a.csv")
+    found = plan_tree(folder, clinical=folder / "a.csv", normal_values=("1",), abnormal_values=("2",))
+    assert {scan.subject: scan.label for scan in found.scans} == {"OAS1_0001": "normal", "OAS1_0002": "abnormal"}
+
+
+def test_the_persons_of_the_table_are_on_one_side(tree):
+    (tree / "a.csv").write_text("file,subject,age\na_T1w.nii,P1,33\nc_T1w.nii,P1,33\n")
+    with pytest.raises(DataError, match="subject P1 is in"):
+        plan_tree(tree, clinical=tree / "a.csv")
+
+
+def test_axes_that_are_given_go_before_those_of_the_layout(tmp_path):
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1").mkdir(parents=True)
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1/norm.nii.gz").touch()
+    for axes, wanted in ((None, ("LIA", "RAS")), ("PSR", ("PSR", None))):
+        (scan,) = plan_tree(tmp_path, label="normal", axes=axes).scans
+        assert (scan.axes, scan.distrusted) == wanted
 
 
 def test_splits_are_kept_from_an_earlier_plan_and_before_it_from_the_store(folder):

@@ -32,6 +32,11 @@ def test_scans_that_the_model_has_seen_are_refused(processed, tmp_path):
         refuse_seen(scans, predictor)
 
 
+def test_thick_slices_may_be_thicker_than_two_pixels(tmp_path):
+    predictor = make_predictor(tmp_path, slices=SETTINGS | {"pixel_mm": 1.5})
+    assert find_warnings(predictor, spacing_mm=[1, 1, 3.5]) == []
+
+
 def test_a_scan_like_the_training_scans_has_no_warning(predictor):
     assert find_warnings(predictor) == []
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from preprocessing.layouts import CONTRAST, LABEL, LAYOUTS, name_subject, recognise, strip_ending
+from preprocessing.layouts import CONTRAST, LABEL, LAYOUTS, arrange, name_subject, recognise, strip_ending
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.scans import search
 from preprocessing.store import list_scans
@@ -267,6 +267,27 @@ def test_layout_can_be_overridden(tmp_path):
     names = [scan.name for scan in search(tmp_path, "folder").scans]
     assert names == ["IXI002-Guys-0828-T1", "IXI105-HH-1471-T1"], "T1 is asked for"
     assert search(tmp_path, "oasis1").scans == []
+
+
+def test_of_two_masks_that_of_the_brain_counts(tmp_path):
+    for name in ("a.nii", "a_mask.nii", "a_brain_mask.nii"):
+        (tmp_path / name).touch()
+    found = search(tmp_path)
+    assert found.scans[0].brain_mask.name == "a_brain_mask.nii"
+    assert [path for path, _ in found.left_out] == [str(tmp_path / "a_mask.nii")]
+
+
+def test_the_aligned_volume_without_skull_is_neurites_best(tmp_path):
+    make_neurite(tmp_path)
+    assert {scan.path.name for scan in search(tmp_path).scans} == {"aligned_norm.nii.gz"}
+
+
+def test_derivatives_are_no_scans_even_alone(tmp_path):
+    make_bids(tmp_path)
+    derived = [path for path in tmp_path.rglob("*run-1_T1w.nii.gz") if "derivatives" in path.parts]
+    paths = [path.relative_to(tmp_path).as_posix() for path in derived]
+    assert len(paths) == 4
+    assert arrange(LAYOUTS["bids"], paths, "t1")[0] == []
 
 
 def test_recognise_needs_no_disk():

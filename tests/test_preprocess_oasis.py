@@ -124,21 +124,20 @@ def test_bad_scans_are_named_and_the_others_are_done(tree, capsys):
     folder = tree / "raw/train/normal"
     (folder / "empty_T1w.nii.gz").write_bytes(b"")
     save(folder / "flat_T1w.nii", np.full(HEAD.shape, 7, np.int16))
+    for name in ("twice.nii", "twice.nii.gz"):
+        save(folder / name)
     assert run(tree / "raw", tree / "out") == 3
     out, err = capsys.readouterr()
-    assert "3 done, 0 unchanged, 2 skipped" in out
+    assert "3 done, 0 unchanged, 4 skipped" in out
     lines = [line for line in err.splitlines() if line.startswith("skipped")]
-    assert [line.split(":")[0] for line in lines] == [
-        f"skipped {folder / name}" for name in ("empty_T1w.nii.gz", "flat_T1w.nii")
-    ]
+    names = ("twice.nii", "twice.nii.gz", "empty_T1w.nii.gz", "flat_T1w.nii")
+    assert [line.split(":")[0] for line in lines] == [f"skipped {folder / name}" for name in names]
     assert all(";" in line for line in lines), "the cure comes after the semicolon"
-    assert [entry["file"] for entry in read_record(tree / "out")["skipped"]] == [
-        line.split(":")[0][8:] for line in lines
-    ]
+    assert [entry["file"] for entry in read_record(tree / "out")["skipped"]] == [str(folder / name) for name in names]
     shutil.rmtree(tree / "raw/val")
     shutil.rmtree(tree / "raw/test")
     (folder / "a_T1w.nii").unlink()
-    with pytest.raises(DataError, match="not one of its 2 scans could be used"):
+    with pytest.raises(DataError, match="not one of its 4 scans could be used"):
         run(tree / "raw", tree / "out2")
 
 
@@ -213,6 +212,7 @@ def test_from_discs_and_table_to_a_split_that_stays(discs, capsys):
     text = capsys.readouterr().out
     assert "OASIS-2 raw parts: 8 scans of 4 subjects in 8 sessions" in text
     assert "OAS2_0001_MR2: subject OAS2_0001, session MR2, axes ASL unless its header gives them" in text
+    assert "  table.csv: CDR 0 -> normal (7 lines)\n  table.csv: CDR 0.5 -> abnormal (1 line)\n" in text
     later = discs / "raw/OAS2_RAW_PART1/OAS2_0004_MR2"
     later.rename(discs / "later")
     assert run(*command) == 0
@@ -249,6 +249,21 @@ def test_a_run_that_was_cut_off_goes_on_with_its_splits(discs):
     assert read_record(discs / "out")["splits"] != planned
 
 
+def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.preprocess_oasis.preprocess_scan", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree / "raw", tree / "out")
+    assert read_record(tree / "out")["splits"] == {"a": "train", "b": "val", "c": "test"}
+    assert "scans" not in read_record(tree / "out")
+    (tree / "out/train/normal/.a_T1w.77.partial").mkdir(parents=True)
+    assert run(tree / "raw", tree / "out") == 0
+    assert not list((tree / "out").rglob("*.partial"))
+
+
 def test_a_split_cannot_lead_out_of_the_store(discs):
     run(discs / "raw", discs / "in/out", "--label", "normal")
     record = read_record(discs / "in/out")
@@ -266,6 +281,18 @@ def test_a_label_that_changed_is_refused(discs):
     assert run(discs / "raw", discs / "out", "--label", "normal", "--split", "0", "0", "1") == 0
     with pytest.raises(DataError, match="is test/abnormal now; delete this folder"):
         run(discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"))
+
+
+def test_values_of_the_table_are_mapped_by_flags_which_need_a_table(discs, capsys):
+    (discs / "table.csv").write_text("ID,Group\n" + "".join(f"OAS2_000{n},{'AB'[n % 2]} x\n" for n in range(1, 5)))
+    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--dry-run")
+    with pytest.raises(DataError, match=r"A x \(2 lines\), B x \(2 lines\)"):
+        run(*command)
+    assert run(*command, "--normal-values", "A x", "--abnormal-values", "b_x") == 0
+    assert "  test/abnormal: 4 scans of 2 subjects" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(discs / "raw", discs / "out", "--label", "normal", "--normal-values", "A")
+    assert "give it with --clinical" in capsys.readouterr().err
 
 
 def test_a_subject_in_the_store_on_the_other_side_is_refused(tree):

@@ -58,6 +58,11 @@ def test_regions_of_the_smallest_size_stay():
     assert find(anomaly, smallest_ml=1) == []
 
 
+def test_a_region_as_small_as_asked_for_is_listed():
+    anomaly = make_map((np.s_[10, 10, 10:13], 7))
+    assert len(list_regions(anomaly, np.eye(4), 5.0, 0.003)) == 1
+
+
 def test_voxels_that_touch_at_an_edge_are_two_regions():
     assert len(find(make_map((np.s_[4, 4, 4], 6), (np.s_[5, 5, 4], 6)))) == 2
     assert len(find(make_map((np.s_[4, 4, 4], 6), (np.s_[5, 4, 4], 6)))) == 1

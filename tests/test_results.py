@@ -89,13 +89,13 @@ def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
     results.slices = [make_slice("abnormal", "a", voxels, 1) for voxels in (0, 9, 10, 11)]
     results.slices.append(make_slice("normal", "n", 0, 1))
     results.scans = [make_scan_row("abnormal", "a", 1), make_scan_row("normal", "n", 1)]
-    assert [(row["label"], row["lesion_voxels"]) for row in results.list_judged()] == [
+    assert [(row["label"], row["lesion_voxels"]) for row in results.list_counted_slices()] == [
         ("abnormal", 10),
         ("abnormal", 11),
         ("normal", 0),
     ]
     results.scans[0]["lesion_known"] = False
-    assert results.list_judged() == results.slices, "without masks, all slices of an abnormal scan"
+    assert results.list_counted_slices() == results.slices, "without masks, all slices of an abnormal scan"
 
 
 def make_measured(masks_known: bool = True) -> Results:
@@ -118,7 +118,7 @@ def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
     results = make_measured()
     figures = results.measure(3.0, quiet=True)
     assert list(figures) == list(DETECTORS)
-    for level, rows in (("slice", results.list_judged()), ("scan", results.scans)):
+    for level, rows in (("slice", results.list_counted_slices()), ("scan", results.scans)):
         labels = [row["label"] == "abnormal" for row in rows]
         for name in DETECTORS:
             scores = [row[name] for row in rows]

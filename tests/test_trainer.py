@@ -73,8 +73,9 @@ def test_the_loss_is_summed_over_the_brain():
 
 
 @pytest.mark.parametrize("model", ["dae", "cae"])
-def test_a_step_by_hand(processed, model):
+def test_a_step_by_hand(processed, model, monkeypatch):
     """The mean square in the brain of what the weights before the step make of this step's own corruption."""
+    monkeypatch.setattr("training.trainer.LARGEST_GRADIENT", 1e9)
     trainer = make_trainer(processed, model, steps=1000, lr=2e-3, seed=5)
     trainer.step = 7
     before = copy.deepcopy(trainer.model).train()
@@ -82,7 +83,11 @@ def test_a_step_by_hand(processed, model):
     assert torch.equal(clean, trainer.train[pick_batch(7, 5, len(trainer.train), 5)])
     source, target = make_pair(clean, model == "dae", seed_generator(CPU, 5, 7))
     loss = trainer.train_step(clean)
-    assert loss.item() == pytest.approx(mean_square_in_brain(before(source), target), rel=1e-4)
+    by_hand = ((before(source) - target)[target > 0] ** 2).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    by_hand.backward()
+    for name, parameter in before.named_parameters():
+        torch.testing.assert_close(trainer.model.get_parameter(name).grad, parameter.grad, rtol=1e-2, atol=1e-6)
     assert trainer.step == 8
     moved = [
         (new - old).abs().max().item() for new, old in zip(trainer.model.parameters(), before.parameters(), strict=True)
@@ -170,25 +175,28 @@ def train_with_losses(trainer, losses, monkeypatch):
     monkeypatch.setattr(trainer, "validate", lambda: next(losses))
     trainer.run.mkdir()
     trainer.fit()
+    (trainer.run / "log.csv").unlink()  # as if it was killed between last.pt and its log
     trainer.finish()
 
 
 def test_the_best_weights_are_kept_and_calibrated_on_the_validation_scans(processed, tmp_path, monkeypatch):
-    """Epochs of three steps whose validation losses are 3, 1, 2, 1, 5: the weights of step 6 are the best."""
+    """Epochs of three steps, the last of two, with validation losses 3, 1, 2, 1, 5: step 6 has the best weights."""
     run = tmp_path / "run"
-    trainer = make_trainer(processed, run=run)
+    trainer = make_trainer(processed, run=run, steps=14)
     train_with_losses(trainer, [3.0, 1.0, 2.0, 1.0, 5.0], monkeypatch)
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert [float(row["val_loss"]) for row in rows] == [3, 1, 2, 1, 5]
-    assert [float(row["train_loss"]) for row in rows] == [2, 5, 8, 11, 14], "means over the epoch's steps"
+    assert [float(row["train_loss"]) for row in rows] == [2, 5, 8, 11, 13.5], "means over the epoch's steps"
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
-    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 15]
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12, 14]
     model, content = load_model(run / "model.pt")
     assert model.to_slice[0].bias.tolist() == pytest.approx([0.6] * 16)
     assert (content["step"], content["val_loss"]) == (6, 1.0)
     last = torch.load(run / "last.pt", weights_only=True)
-    assert last["step"] == 15
-    assert last["model"]["to_slice.0.bias"].tolist() == pytest.approx([1.5] * 16)
+    assert last["step"] == 14
+    assert (last["best"]["step"], last["best"]["val_loss"]) == (6, 1.0), "a resumed run goes on with it"
+    assert last["best"]["weights"]["to_slice.0.bias"].tolist() == pytest.approx([0.6] * 16)
+    assert last["model"]["to_slice.0.bias"].tolist() == pytest.approx([1.4] * 16)
     scans = [list(list_scans(processed / split)) for split in ("val", "train")]
     expected = calibrate_by_hand(run / "model.pt", scans[0])
     assert content["calibration"].keys() == expected.keys()

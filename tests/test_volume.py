@@ -179,9 +179,9 @@ def test_holes_are_filled_as_in_scipy():
     assert not fill_holes(np.zeros((3, 3, 3), bool)).any()
 
 
-def test_axes_and_doubted_axes_are_handed_on(tmp_path):
+def test_axes_and_distrusted_axes_are_handed_on(tmp_path):
     path = save_small(tmp_path / "a.nii", "PSR")
-    assert read_volume(path, axes="RAS", doubted="PSR").axes == "RAS"
+    assert read_volume(path, axes="RAS", distrusted="PSR").axes == "RAS"
     assert read_mask(path, read_volume(path, "LPI", "PSR"), "LPI", "PSR").sum() == 23
 
 
