@@ -164,7 +164,9 @@ def draw_blob(x: Tensor, generator: Generator) -> Tensor:
 
 def add_coarse_noise(x: Tensor, generator: Generator) -> Tensor:
     """Add Gaussian noise of coarse grids; their mix and the strength vary from slice to slice."""
-    return x + make_smooth_noise(x.shape, (12, 24) if "fine" in TRIAL else GRIDS, generator) * _uniform_each(x, 0.02, 0.2, generator)
+    return x + make_smooth_noise(x.shape, (12, 24) if "fine" in TRIAL else GRIDS, generator) * _uniform_each(
+        x, 0.02, 0.2, generator
+    )
 
 
 def average_brain(x: Tensor) -> Tensor:
