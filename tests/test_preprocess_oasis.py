@@ -241,6 +241,8 @@ def test_a_run_that_was_cut_off_goes_on_with_its_splits(discs):
     for folder in ("train", "val", "test"):
         shutil.rmtree(discs / "out" / folder)
     (discs / "out/dataset.json").write_text(json.dumps(record | {"splits": planned}))
+    for visit in (1, 2):
+        shutil.rmtree(discs / f"raw/OAS2_RAW_PART1/OAS2_0003_MR{visit}")  # away for a while, and not forgotten
     run(discs / "raw", discs / "out", *flags)
     assert read_record(discs / "out")["splits"] == planned
     for folder in discs.glob("out/*/normal"):
@@ -374,28 +376,32 @@ def test_defaults_and_limits_of_flags():
     assert (args.keep, args.size, args.axes) == (1, 16, "ASL")
 
 
-# On a cluster.
+def test_flags_of_the_cut_reach_the_slices(tree):
+    assert run(tree / "raw", tree / "out", "--keep", "0.5", "--fov-mm", "160", "--axes", "LPI", "--volume", "0") == 0
+    for scan in list_scans(tree / "out"):
+        record = scan.record
+        assert (record["keep"], record["pixel_mm"], record["volume"]) == (0.5, 160 / SIZE, 0)
+        assert record["axes_rule"] == ["LPI", None]
 
 
-def test_a_cluster_gives_the_same_slices_and_goes_on(raw, processed, tmp_path, capsys):
-    distributed = pytest.importorskip("distributed")
-    # Two workers: with one, joblib does the work where it is started.
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path)}
-    with distributed.LocalCluster(**options) as cluster:
-        command = ["--raw", str(raw), "--processed", str(tmp_path / "out"), "--size", str(SIZE)]
-        command += ["--dask", cluster.scheduler_address]
-        assert preprocess(command) == 0
-        assert "9 done" in capsys.readouterr().out
-        assert cluster.scheduler.transition_counter > 9, "the cluster did nothing"
-        assert preprocess(command) == 0
-        assert "0 done, 9 unchanged" in capsys.readouterr().out
-    ours, theirs = list(list_scans(tmp_path / "out")), list(list_scans(processed))
-    assert [scan.name for scan in ours] == [scan.name for scan in theirs]
-    for scan, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(scan.read_stack(), other.read_stack())
+def dry_run(raw, capsys, *flags):
+    """The lines of a dry run in which nothing needs to be read."""
+    assert run(raw, raw / "none", "--dry-run", *flags) == 0
+    return capsys.readouterr().out.splitlines()
 
 
-def test_no_scheduler_is_one_line(tree):
-    pytest.importorskip("distributed")
-    with pytest.raises(DataError, match="no Dask scheduler answers"):
-        run(tree / "raw", tree / "out", "--dask", "nowhere")
+def test_flags_of_the_plan_reach_the_plan(tmp_path, capsys):
+    for subject in range(10):
+        for contrast in ("T1", "T2"):
+            (tmp_path / f"IXI00{subject}-Guys-0828-{contrast}.nii").touch()
+    (tmp_path / "table.csv").write_text("ID,CDR\n" + "".join(f"IXI00{i},{'' if i else 0}\n" for i in range(10)))
+    table = ("--clinical", str(tmp_path / "table.csv"))
+    first = "{}: {} scans of {} subjects in {} sessions in " + str(tmp_path)
+    plain = dry_run(tmp_path, capsys, "--label", "normal")
+    assert plain[:2] == [first.format("IXI", 10, 10, 10), "  train/normal: 8 scans of 8 subjects, 0 with a brain mask"]
+    assert dry_run(tmp_path, capsys, "--label", "normal", "--seed", "1") != plain
+    assert "T2.nii" in dry_run(tmp_path, capsys, "--label", "normal", "--modality", "t2")[2]
+    folder = dry_run(tmp_path, capsys, "--label", "normal", "--layout", "folder")
+    assert folder[0] == first.format("a folder of volumes", 20, 10, 20), "without a session each scan is one"
+    assert dry_run(tmp_path, capsys, *table)[0] == first.format("IXI", 1, 1, 1)
+    assert dry_run(tmp_path, capsys, *table, "--blank-cdr", "normal")[0] == first.format("IXI", 10, 10, 10)
