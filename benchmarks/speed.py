@@ -40,6 +40,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.cli import number
 from common.device import keep_freed_memory
 from models.anomaly import calibrate, map_anomalies, reconstruct
 from models.autoencoder import MODELS, convolution_block, take_middle
@@ -445,23 +446,21 @@ def measure_growth(counts: list[int], folder: Path) -> dict:
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of each loop, by turns; the median counts")
-    parser.add_argument("--steps", type=int, default=6, help="optimiser steps a round")
-    parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
-    parser.add_argument("--scans", type=int, default=6, help="simulated scans to train on")
-    parser.add_argument("--slices", type=int, default=64, help="slices of each scan")
+    count = number(int, least=1)
+    parser.add_argument("--rounds", type=count, default=5, help="of each loop, by turns; the median counts")
+    parser.add_argument("--steps", type=count, default=6, help="optimiser steps a round")
+    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument(
+        "--size", type=number(int, least=16, multiple_of=16), default=128, help="pixels along each side of a slice"
+    )
+    parser.add_argument("--scans", type=count, default=6, help="simulated scans to train on")
+    parser.add_argument("--slices", type=count, default=64, help="slices of each scan")
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES), help="networks to train")
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="auto: as train.py chooses")
-    parser.add_argument("--growth", type=int, nargs="+", metavar="N", help="measure with so many tiny scans instead")
+    parser.add_argument(
+        "--growth", type=number(int, least=50), nargs="+", metavar="N", help="measure with so many tiny scans instead"
+    )
     args = parser.parse_args(argv)
-    for name in ("rounds", "steps", "batch_size", "scans", "slices"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
-    if args.size < 16 or args.size % 16:
-        parser.error("--size is a multiple of 16")
-    if args.growth and min(args.growth) < 50:
-        parser.error("--growth starts at 50 scans")
     with tempfile.TemporaryDirectory() as temporary:
         work = measure_growth(args.growth, Path(temporary)) if args.growth else compare(args, Path(temporary))
     print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in work.items()}))

@@ -29,7 +29,17 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import (
+    SEED,
+    DataError,
+    HelpFormatter,
+    list_flags,
+    log,
+    number,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
 from common.files import hold_folder, write_atomically
 from preprocessing.cohort import CohortRules, plan, refuse_mixture
 from preprocessing.images import parse_axes
@@ -227,32 +237,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(
-        "--split", type=float, nargs=3, metavar=tuple(SPLITS), default=[0.8, 0.1, 0.1], help="shares of normal subjects"
+        "--split",
+        type=number(least=0, most=1),
+        nargs=3,
+        metavar=tuple(SPLITS),
+        default=[0.8, 0.1, 0.1],
+        help="shares of normal subjects",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the split")
     parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
-    parser.add_argument("--volume", type=int, help="which volume of files with several, from 0")
-    parser.add_argument("--keep", type=float, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
-    parser.add_argument("--fov-mm", type=float, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scans in work at a time")
+    parser.add_argument("--volume", type=number(int, least=0), help="which volume of files with several, from 0")
+    share, side = number(above=0, most=1), number(int, least=16, most=1024, multiple_of=16)
+    width = number(least=100, most=1000)
+    parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
+    parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
+    parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
+    workers = number(int, least=1)
+    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans in work at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be done, file by file")
     parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; warnings remain")
     parser.add_argument("--json", action="store_true", help="print dataset.json on standard output and nothing else")
     args = parse_flags(parser, argv)
-    wrong = {
-        "--keep is a share of the slices: above 0, at most 1": not 0 < args.keep <= 1,
-        "--size is a multiple of 16": args.size < 16 or args.size % 16,
-        "--fov-mm is above 0": args.fov_mm is not None and args.fov_mm <= 0,
-        "--split is three shares that sum to 1": min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6,
-        "--workers is at least 1": args.workers < 1,
-        "--json is about what was done, --dry-run does nothing; leave one out": args.json and args.dry_run,
-        "--volume counts from 0": args.volume is not None and args.volume < 0,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    if abs(sum(args.split) - 1) > 1e-6:
+        parser.error("--split is three shares that sum to 1")
+    if args.json and args.dry_run:
+        parser.error("--json is about what was done, --dry-run does nothing; leave one out")
     return args
 
 

@@ -325,7 +325,7 @@ def test_defaults_and_limits_of_flags():
     args = parse([])
     assert (args.keep, args.size, args.fov_mm, args.seed, args.modality) == (0.7, 128, None, 0, "t1")
     assert args.split == [0.8, 0.1, 0.1]
-    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "0.1", "--workers", "1", "--volume", "0", "--axes", "asl"])
+    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "100", "--workers", "1", "--volume", "0", "--axes", "asl"])
     assert (args.keep, args.size, args.axes) == (1, 16, "ASL")
 
 
