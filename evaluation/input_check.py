@@ -9,9 +9,9 @@ from common.cli import DataError
 from evaluation.predictor import Predictor
 from models.baselines import map_deviation
 from preprocessing.store import LoadedScan, StoredScan
+from preprocessing.volume import BRAIN_ML
 
 THICKEST_MM = 4.0  # between slices; the default model was tried on no thicker ones (docs/experiments.md)
-BRAIN_ML = (700, 2000)  # of an adult
 # Median z-score of a brain's intensity: up to 0.5 in healthy scans that were validated or trained on, 1.0 or more in
 # scans with dark for bright.
 HIGHEST_DEVIATION = 0.7

@@ -135,7 +135,8 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
 
 def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str, str]]:
     """`preprocess_scan` of all scans, on this machine or on a cluster; what it returns, in the order of the scans."""
-    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume)
+    labels = tuple(sorted(set(args.lesion_labels))) if args.lesion_labels else None
+    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels)
     results = []
     with _work_on(args.dask):
         running = Parallel(n_jobs=args.workers, return_as="generator")(
@@ -247,6 +248,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=SEED, default=0, help="of the split")
     parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
     parser.add_argument("--volume", type=number(int, least=0), help="which volume of files with several, from 0")
+    parser.add_argument(
+        "--lesion-labels",
+        type=number(int, least=1),
+        nargs="+",
+        metavar="LABEL",
+        help="labels in lesion masks that are lesion; left out: all above 0",
+    )
     share, side = number(above=0, most=1), number(int, least=16, most=1024, multiple_of=16)
     width = number(least=100, most=1000)
     parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")

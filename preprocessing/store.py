@@ -41,7 +41,7 @@ class LoadedScan:
     skull_off     whether the stack shows the brain alone
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
     brain_ml      volume of the brain mask, where the scan comes from its file
-    warnings      what is taken on trust, in words
+    warnings      what was not plain and what was made of it, in words
     """
 
     name: str
@@ -120,6 +120,7 @@ class StoredScan:
             session=record.get("session") or "",
             age=record.get("age"),
             sex=record.get("sex"),
+            warnings=tuple(record.get("warnings", ())),
         )
 
     def read_stack(self) -> np.ndarray:
@@ -156,6 +157,8 @@ def read_slice(path: Path, size: int) -> np.ndarray:
             f"{path}: {values.dtype} of shape {values.shape} instead of numbers of {(size, size)}; "
             "delete its folder, preprocess again"
         )
+    if not (values.min() >= 0 and values.max() <= 1):  # which no nan is
+        raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
     return values
 
 
