@@ -12,6 +12,7 @@ from common.cli import DataError
 from preprocessing.clinical import CDR_WITHIN_DAYS, Clinical, read_clinical
 from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
 from preprocessing.store import StoredScan
+from preprocessing.subjects import key_subject
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class CohortRules:
 
     layout     how the folder stands on disk; None: what fits its paths best
     modality   the contrast to take
+    pattern    a regular expression over paths whose group is the subject; None: names are read
     clinical   the clinical table that says who is normal
     label      label of all scans, where there is no table
     blank      label of the scans whose cell in the table is empty; None leaves them out
@@ -30,6 +32,7 @@ class CohortRules:
 
     layout: str | None = None
     modality: str = "t1"
+    pattern: str | None = None
     clinical: Path | None = None
     label: str | None = None
     blank: str | None = None
@@ -44,9 +47,9 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
     stored  what the slice store `processed` holds: its subjects keep their split
     splits  {subject: split} of an earlier plan, whose scans may not be in the store yet
     """
-    found = search(raw, rules.layout, rules.modality, besides=processed)
-    if not (found.scans or found.refused):
-        raise DataError(explain_no_scans(raw))
+    found = search(raw, rules.layout, rules.modality, processed, rules.pattern)
+    if not found.scans:
+        raise DataError(found.refused[0][1] if found.refused else explain_no_scans(raw, found.left_out))
     in_tree = found.layout.startswith(TREE)
     if in_tree and rules.label:
         raise DataError(f"{raw}: its folders give the labels already; leave --label out")
@@ -57,18 +60,19 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
         )
     clinical = read_clinical(rules.clinical) if rules.clinical else None
     scans, not_labelled = label_scans(found.scans, clinical, rules.label, rules.blank)
+    subjects = {scan.name: scan.subject for scan in scans}  # as names are read today, whatever an older store says
+    kept = [(subjects.get(old.name, old.subject), old.split, str(old.folder)) for old in stored]
     if not in_tree:
-        scans = split_subjects(scans, rules.fractions, rules.seed, splits | {old.subject: old.split for old in stored})
+        refuse_leaks(kept)
+        splits = splits | {subject: split for subject, split, _ in kept}
+        scans = split_subjects(scans, rules.fractions, rules.seed, splits)
     if rules.axes:
         scans = [replace(scan, axes=rules.axes, distrusted=None) for scan in scans]
     scans.sort(key=lambda scan: (SPLITS.index(scan.split), LABELS.index(scan.label), scan.name))
     if not scans:
         raise DataError(f"{raw}: none of its {len(found.scans)} scans has a label; {not_labelled[0][1]}")
     refuse_relabelled(scans, stored)
-    refuse_leaks(
-        [(scan.subject, scan.split, str(scan.path)) for scan in scans]
-        + [(old.subject, old.split, str(old.folder)) for old in stored]
-    )
+    refuse_leaks([(scan.subject, scan.split, str(scan.path)) for scan in scans] + kept)
     refuse_mixture("have a brain mask", ((scan.brain_mask is not None, scan.path) for scan in scans))
     return found._replace(scans=scans, left_out=found.left_out + not_labelled)
 
@@ -111,6 +115,9 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     fractions  shares of the normal subjects for train, val and test, summing to 1
     kept       the splits that subjects have already; new ones fill up what falls short of its share
     """
+    subjects = {key_subject(scan.subject): scan.subject for scan in scans}
+    known = {key_subject(subject): split for subject, split in kept.items()}
+    kept = {subject: known[key] for key, subject in subjects.items() if key in known}
     abnormal = {scan.subject for scan in scans if scan.label == "abnormal"}
     for scan in scans:
         if scan.subject in abnormal and kept.get(scan.subject, "test") != "test":
@@ -143,10 +150,10 @@ def refuse_relabelled(scans: list[Scan], stored: list[StoredScan]) -> None:
 
 
 def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
-    """Raise DataError if one subject is in two splits; takes (subject, split, where) triples."""
+    """Raise DataError if one subject, however spelled, is in two splits; takes (subject, split, where) triples."""
     seen = {}
     for subject, split, where in subjects:
-        other_split, other = seen.setdefault(subject, (split, where))
+        other_split, other = seen.setdefault(key_subject(subject), (split, where))
         if other_split != split:
             raise DataError(
                 f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "

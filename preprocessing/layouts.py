@@ -6,19 +6,27 @@ A layout is a table of patterns over paths. Nothing here opens a file.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-ENDINGS = (".nii.gz", ".nii", ".img", ".mgz", ".mgh")  # an .img brings its .hdr along
-CONTRAST = re.compile(r"[_-](T1w|T2w|FLAIR|PDw|T1|T2|PD)$", re.IGNORECASE)
-# Names in which the subject is only a part: OASIS-1 and -2, OASIS-3, BIDS, IXI.
-SUBJECTS = (r"OAS[12]_\d{4}", r"OAS3\d{4}", r"sub-[A-Za-z0-9]+", r"IXI\d{3}")
-SESSIONS = (r"_(MR\d+)", r"_(?:ses-)?(d\d{4})", r"_(ses-[A-Za-z0-9]+)")
-# Repeats of one subject in names of no known pattern: `patient7_visit2`.
-REPEAT = re.compile(r"[_-]((?:visit|session|ses|scan|run|timepoint|tp|v|mr)[_-]?\d+)$", re.IGNORECASE)
+from preprocessing.subjects import Identity, identify, strip_ending
+from preprocessing.vocabulary import ENDINGS as ENDINGS
+
+CONTRAST = re.compile(r"[_-](T1w|T2w|FLAIR|PDw|T1|T2|PD|T1ce|T1c|T1Gd|T1n|T2f)$", re.IGNORECASE)
+_CONTRASTS = {
+    "flair": r"flair|t2f|t2[-_]?flair",
+    "t1ce": r"t1[-_]?(?:ce|c|gd|post|contrast)|ce-[^\W_]+_t1w|t1w?[-_](?:gd|gad|ce)",
+    "t2": r"t2(?:w|[-_]?weighted)?",
+    "t1": r"t1(?:w|n|[-_]?weighted)?|mp[-_]?rage|me?mprage|f?spgr|bravo",
+    "another contrast": r"pdw?|dwi|adc|swi|asl|bold|dti|t2[-_]?star[a-z]?|t[12]map|fieldmap|phase",
+}
+# The worst last: of the volumes that a session gives, the first is taken.
+_POOR = re.compile(
+    r"locali[sz]er|scout|survey|part-(?:phase|real|imag)|(?<![^_-])(?:loc|flash)(?![^_-])", re.IGNORECASE
+)
 # Volumes that are drawn over a scan: masks, segmentations, tissue maps.
 LABEL = re.compile(
-    r"(?:^|[/_.+-])(?:[adf]?seg|probseg|pveseg|pve|labels?|lesions?|rois?|(?:\w*brain|t1|lesion)?mask|aparc|wmparc"
+    r"(?:^|[/_.+-])(?:[adf]?seg|probseg|pveseg|pve|labels?|lesions?|rois?|[^\W_]*mask|aparc|wmparc"
     r"|ribbon)(?:_?\d+)?$",
     re.IGNORECASE,
 )
@@ -49,7 +57,6 @@ class Layout:
     brain_mask: str | None = None  # patterns whose `key` or `name` is the scan's
     lesion_mask: str | None = None
     modalities: dict[str, str] = field(default_factory=lambda: {"t1": ""})
-    one_a_session: bool = True
 
 
 class Found(NamedTuple):
@@ -57,8 +64,7 @@ class Found(NamedTuple):
 
     path: str
     name: str
-    subject: str
-    session: str
+    identity: Identity | None  # None where --subject-pattern finds nobody
     axes: str | None
     distrusted: str | None
     brain_mask: str | None
@@ -71,17 +77,12 @@ _BIDS_KEY = (
     r"(?P<key>(?P<subject>sub-[A-Za-z0-9]+)(?:_(?P<session>ses-[A-Za-z0-9]+))?"
     r"(?:_(?!desc-|space-|ce-|label-)[a-z]+-[A-Za-z0-9]+)*)"
 )
+_BIDS_RAW = r"^(?!(?:.*/)?(?:derivatives|sourcedata)/)(?:.*/)?"
 _BRATS_IDS = (
     r"(?P<key>(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d+))/(?P=key)",
-    r"(?P<key>(?P<subject>[^/]+))/(?P=key)",
+    r"(?P<key>[^/]+)/(?P=key)",
 )
 _NEURITE = r"(?P<name>OASIS_(?P<subject>OAS1_\d{4})_(?P<session>MR\d+))/"
-# A folder for each subject, one for each session or not, and files that all have one name: `p7/visit1/mri/T1.mgz`.
-_PERSON = (
-    r"(?P<name>(?P<subject>[^/]+)"
-    r"(?:/(?P<session>(?:ses|session|visit|scan|timepoint|tp|v|mr|m|baseline|followup)[-_]?\d*|\d{4}-?\d\d-?\d\d))?)"
-    r"(?:/(?:mri|anat\d*|nifti|raw))?/"
-)
 
 LAYOUTS = {
     layout.name: layout
@@ -139,7 +140,7 @@ LAYOUTS = {
         Layout(
             "bids",
             "BIDS",
-            (Kind(r"^(?!(?:.*/)?derivatives/)(?:.*/)?sub-[^/]+/(?:ses-[^/]+/)?anat/" + _BIDS_KEY + "_MODALITY"),),
+            (Kind(_BIDS_RAW + r"sub-[^/]+/(?:ses-[^/]+/)?anat/" + _BIDS_KEY + "_MODALITY"),),
             brain_mask=_BIDS_KEY + "(?:_space-T1w)?_desc-brain_mask",
             lesion_mask=_BIDS_KEY + "(?:_space-T1w)?_(?:(?:desc-|label-)?lesion_(?:mask|roi))",
             modalities={"t1": "T1w", "t1ce": "ce-[A-Za-z0-9]+_T1w", "t2": "T2w", "flair": "FLAIR"},
@@ -147,37 +148,37 @@ LAYOUTS = {
         Layout(
             "folder",
             "a folder of volumes",
-            (
-                Kind(_PERSON + "norm"),
-                Kind(_PERSON + "(?:t1w?|t1_?mprage|mprage|anat|struct|image|scan|brain)"),
-                Kind(_PERSON + "(?:t2w?|flair|pdw?|orig|nu)"),
-                Kind(r"(?<!mri/)(?<!mri/orig/)(?P<key>[^/]+)(?<!_brain)"),
-                Kind(r"(?<!mri/)(?P<key>[^/]+)_brain"),  # the same head without its skull, if that stands beside it
-            ),
-            brain_mask=r"(?P<key>[^/]+?)_(?:brain_?)?mask",
-            lesion_mask=r"(?P<key>[^/]+?)_(?:lesion(?:_?mask)?|seg)",
-            one_a_session=False,
+            (),  # `folders.arrange_folder` reads what names say
+            modalities={"t1": "", "t1ce": "", "t2": "", "flair": ""},
         ),
     )
 }
 
 
-def strip_ending(path: str) -> str:
-    """`a/ID_T1w` for `a/ID_T1w.nii.gz`."""
-    return next(path[: -len(ending)] for ending in ENDINGS if path.lower().endswith(ending))
-
-
 def name_subject(name: str) -> tuple[str, str]:
-    """(subject, session) from a scan's name; a name that follows no known pattern is a subject of its own."""
-    found = (re.search(pattern, name) for pattern in SUBJECTS)
-    subject = next((match.group() for match in found if match), None)
-    found = (re.search(pattern, name) for pattern in SESSIONS)
-    session = next((match.group(1) for match in found if match), "")
-    if subject:
-        return subject, session
-    subject = CONTRAST.sub("", name)
-    repeat = REPEAT.search(subject)
-    return (subject[: repeat.start()], repeat.group(1)) if repeat and repeat.start() else (subject, session)
+    """(subject, session) from a scan's name."""
+    identity = identify(name)
+    return identity.subject, identity.session
+
+
+def name_contrast(path: str) -> str:
+    """t1, t1ce, t2, flair or "another contrast", as the file's name or the nearest folder says; "" where none does."""
+    for part in reversed(strip_ending(path).split("/")):
+        last = (-1, "")
+        for contrast, pattern in _CONTRASTS.items():
+            for match in re.finditer(rf"(?<![^\W_])(?:{pattern})(?![^\W_])", part, re.IGNORECASE):
+                if match.end() > last[0]:
+                    last = (match.end(), contrast)
+        if last[1]:
+            return last[1]
+    return ""
+
+
+def prefer(path: str) -> tuple:
+    """What sorts volumes of a session, the one to take first: no localizer, MPRAGE, few words, run-2 before run-10."""
+    name = re.sub(r"^sub-[^_]+", "", strip_ending(path).rpartition("/")[2])
+    natural = [(int(run), "") if run.isdigit() else (-1, run.lower()) for run in re.findall(r"\d+|\D+", path)]
+    return bool(_POOR.search(name)), "mprage" not in name.lower(), len(re.findall(r"[^\W_]+", name)), natural
 
 
 def recognise(paths: list[str], modality: str) -> Layout:
@@ -187,43 +188,39 @@ def recognise(paths: list[str], modality: str) -> Layout:
     return known[counts.index(max(counts))] if max(counts) else LAYOUTS["folder"]
 
 
-def arrange(layout: Layout, paths: list[str], modality: str) -> tuple[list[Found], list[tuple[str, str]]]:
+def arrange(
+    layout: Layout, paths: list[str], modality: str, pattern: str | None = None
+) -> tuple[list[Found], list[tuple[str, str]]]:
     """Tell a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
-    brains, lesions = (_key_masks(pattern, paths) for pattern in (layout.brain_mask, layout.lesion_mask))
+    brains, lesions = (_key_masks(masks, paths) for masks in (layout.brain_mask, layout.lesion_mask))
     masks = {path for found in (brains, lesions) for path in found.values()}
     sessions, left_out = {}, []
-    for path in sorted(paths):
+    for path in sorted(paths, key=prefer):
         matched = None if path in masks else _match_kind(layout, path, modality)
         if matched:
             rank, match = matched
             groups = match.groupdict()
-            file_name = strip_ending(path).rpartition("/")[2]
-            name = (groups.get("name") or file_name).replace("/", "_")
-            subject, session = groups.get("subject"), groups.get("session") or ""
-            if subject is None:
-                subject, session = name_subject(file_name)
+            name = (groups.get("name") or strip_ending(path).rpartition("/")[2]).replace("/", "_")
+            identity = identify(path, pattern)
+            if identity and groups.get("session") and not pattern:
+                identity = replace(identity, session=groups["session"])
             key = groups.get("key") or name
-            whose = layout.one_a_session or "subject" in groups
-            one = (subject, session) if whose else (path.rpartition("/")[0], key)
+            one = (groups["subject"].lower(), groups.get("session")) if "subject" in groups else (key, "")
+            root = re.split(r"(?:^|/)sub-", path)[0] if layout.name == "bids" else ""  # two sets, two people
             kind = layout.scans[rank]
-            found = Found(
-                path, name, subject, session, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key)
-            )
-            sessions.setdefault(one, []).append((rank, found))
+            found = Found(path, name, identity, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key))
+            sessions.setdefault((root, *one), []).append((rank, found))
         elif path not in masks:
             label = LABEL.search(strip_ending(path))
             left_out.append((path, "a label map, not a scan" if label else f"no scan of the layout {layout.name}"))
     scans = []
     for volumes in sessions.values():
-        rank, best = min(volumes, key=lambda volume: volume[0])  # the first of the best kind
-        for other_rank, other in volumes:
-            if other is best or (not layout.one_a_session and other_rank == rank):
-                scans.append(other)
-            else:
-                left_out.append((other.path, f"its session is read from {best.path}"))
+        _, best = min(volumes, key=lambda volume: volume[0])  # the first of the best kind
+        scans.append(best)
+        left_out += [(other.path, f"its session is read from {best.path}") for _, other in volumes if other is not best]
     used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
     left_out += [(path, "a mask of no scan here") for path in masks - used]
-    return sorted(scans), sorted(left_out)
+    return sorted(scans, key=lambda scan: scan.path), sorted(left_out)
 
 
 def _match(pattern: str, path: str) -> re.Match | None:

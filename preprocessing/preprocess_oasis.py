@@ -45,8 +45,9 @@ from preprocessing.cohort import CohortRules, plan, refuse_mixture
 from preprocessing.images import parse_axes
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
-from preprocessing.scans import LABELS, SPLITS, Scan, Search
+from preprocessing.scans import LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
 from preprocessing.store import StoredScan, clear_leftovers, list_scans
+from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
 EXAMPLE = """examples:
@@ -60,6 +61,7 @@ def preprocess(args: argparse.Namespace) -> int:
     rules = CohortRules(
         layout=args.layout,
         modality=args.modality,
+        pattern=args.subject_pattern,
         clinical=args.clinical,
         label=args.label,
         blank=args.blank_cdr,
@@ -83,6 +85,9 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = {scan.subject for scan in found.scans}
     log.info(f"{about}: {len(found.scans)} scans of {len(subjects)} subjects in {sessions} sessions in {args.raw}")
+    ambiguous = explain_ambiguous(found.scans, args.raw)
+    if ambiguous:
+        log.warning("  %s", ambiguous)
     for split, label in dict.fromkeys((scan.split, scan.label) for scan in found.scans):
         group = [scan for scan in found.scans if (scan.split, scan.label) == (split, label)]
         masks = sum(scan.brain_mask is not None for scan in group)
@@ -91,7 +96,7 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header gives them" if scan.axes else ""
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
-    kept = len({old.subject for old in stored} & subjects)
+    kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
     if found.left_out:
@@ -231,7 +236,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="folder the slices go to")
     parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder stands on disk; left out: what fits best")
-    parser.add_argument("--modality", choices=["t1", "t2", "flair", "t1ce"], default="t1", help="contrast to take")
+    parser.add_argument("--modality", choices=MODALITIES, default="t1", help="contrast to take")
+    parser.add_argument(
+        "--subject-pattern",
+        type=parse_pattern,
+        metavar="REGEX",
+        help="who is who: searched in each path below --raw, the subject in parentheses; left out: names are read",
+    )
     parser.add_argument("--clinical", type=Path, help="clinical table (.csv, .tsv, .xlsx) that says who is normal")
     parser.add_argument(
         "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: such scans are not used"

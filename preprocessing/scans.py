@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import DataError
-from preprocessing.layouts import CONTRAST, ENDINGS, LAYOUTS, arrange, recognise, strip_ending
+from preprocessing.folders import arrange_folder
+from preprocessing.layouts import CONTRAST, LAYOUTS, arrange, name_contrast, recognise
+from preprocessing.subjects import find_ambiguous, strip_ending, unify
+from preprocessing.vocabulary import ENDINGS
 
 SPLITS = ("train", "val", "test")
+MODALITIES = ("t1", "t2", "flair", "t1ce")
 LABELS = ("normal", "abnormal")
 TREE = "split/label tree"
 
@@ -32,6 +37,8 @@ class Scan:
     distrusted: str | None = None  # axes that are not believed where the header says them
     age: float | None = None  # years
     sex: str | None = None  # "F" or "M"
+    otherwise: str = ""  # the subject in another reading of the path (`subjects.Identity`)
+    branch: str = ""  # folders above the subject's
 
 
 class Search(NamedTuple):
@@ -48,13 +55,20 @@ def name_scan(path: Path) -> str:
     return strip_ending(path.name)
 
 
-def search(raw: Path, layout: str | None = None, modality: str = "t1", besides: Path | None = None) -> Search:
+def search(
+    raw: Path,
+    layout: str | None = None,
+    modality: str = "t1",
+    besides: Path | None = None,
+    pattern: str | None = None,
+) -> Search:
     """Find the scans under a folder, symbolic links followed once, `besides` (the slice store) left alone.
 
     Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
     may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
     left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where
     id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion masks.
+    `pattern` says the subject of each path; without it `subjects.identify` does.
     """
     if not raw.is_dir():
         raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
@@ -63,21 +77,25 @@ def search(raw: Path, layout: str | None = None, modality: str = "t1", besides: 
     if not in_tree:
         if layout == TREE:
             raise DataError(explain_no_scans(raw))
-        found = _search_folder(raw, layout, modality, besides)
+        found = _search_folder(raw, layout, modality, besides, pattern)
     else:
         parts = []
         for split, label in places:
-            part = _search_folder(raw / split / label, None, modality, besides)
+            part = _search_folder(raw / split / label, None, modality, besides, pattern)
             masks = {name_scan(path): path for path in list_volumes(raw / split / "masks")}
             parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
         layouts = sorted({part.layout for part in parts if part.scans} - {"folder"})
         name = f"{TREE} of {', '.join(layouts)}" if layouts else TREE
         found = Search(name, *(_join(lists) for lists in list(zip(*parts, strict=True))[1:]))
-    scans, same_names = _part_same_names(found.scans)
+    scans, same_names = _part_same_names(unify(found.scans))
     return found._replace(scans=scans, refused=found.refused + same_names)
 
 
-def explain_no_scans(raw: Path) -> str:
+def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
+    """The one line where nothing can be preprocessed; files of another contrast say which --modality takes them."""
+    others = sorted({name_contrast(path) for path, why in left_out if why.startswith("shows ")} & {*MODALITIES})
+    if others:
+        return f"{raw}: its scans show {' and '.join(others)}; give --modality {others[0]}"
     return (
         f"{raw}: no scans ({', '.join(ENDINGS)}) in it that its layout knows; put healthy scans into "
         f"{raw / 'train' / 'normal'}, or give --raw another folder"
@@ -99,28 +117,66 @@ def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
     return sorted(files)
 
 
-def _search_folder(folder: Path, layout: str | None, modality: str, besides: Path | None) -> Search:
+def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
+    """What was taken for a subject where a name can be read in two ways and that matters, with examples; or ""."""
+    ambiguous = find_ambiguous(scans)
+    if not ambiguous:
+        return ""
+    examples = {}
+    for scan in (scans[index] for index in ambiguous):
+        reading = f" rather than {scan.otherwise}" if scan.otherwise else f" in {scan.branch}" if scan.branch else ""
+        where = scan.path.relative_to(raw) if scan.path.is_relative_to(raw) else scan.path
+        examples.setdefault(scan.subject, f"{where} is of {scan.subject}{reading}")
+    return (
+        f"{len(ambiguous)} names can be read in two ways; taken: {'; '.join(list(examples.values())[:3])}. If that is "
+        "wrong, say who is who with --subject-pattern REGEX, the subject in parentheses, or in a column `subject` of "
+        "--clinical"
+    )
+
+
+def _search_folder(
+    folder: Path, layout: str | None, modality: str, besides: Path | None, pattern: str | None
+) -> Search:
     paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
     if modality != "t1" and modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
-    found, left_out = arrange(rules, paths, modality)
+    if rules.name == "folder":
+        found, left_out = arrange_folder(paths, modality, pattern, _read_channels(folder))
+    else:
+        found, left_out = arrange(rules, paths, modality, pattern)
+    unknown = [str(folder / one.path) for one in found if one.identity is None]
+    refused = [(path, f"{path}: --subject-pattern matches nothing in it; widen the pattern") for path in unknown]
     scans = [
         Scan(
             path=folder / one.path,
             name=one.name,
             split="",
             label="",
-            subject=one.subject,
-            session=one.session,
+            subject=one.identity.subject,
+            session=one.identity.session,
             brain_mask=folder / one.brain_mask if one.brain_mask else None,
             lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
             axes=one.axes,
             distrusted=one.distrusted,
+            otherwise=one.identity.otherwise,
+            branch=one.identity.branch,
         )
         for one in found
+        if one.identity
     ]
-    return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], [])
+    return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], refused)
+
+
+def _read_channels(folder: Path) -> dict[int, str]:
+    """Contrasts by nnU-Net's channel number, as the dataset.json of the folder says; {} where none does."""
+    try:
+        with open(folder / "dataset.json", encoding="utf-8") as file:
+            record = json.loads(file.read(1_000_000))
+        names = record.get("channel_names") or record["modality"]
+        return {int(number): name_contrast(str(name)) or "another contrast" for number, name in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:

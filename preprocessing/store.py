@@ -210,8 +210,10 @@ def read_scan(folder: Path) -> StoredScan | None:
 def list_scans(root: Path) -> Iterator[StoredScan]:
     """The finished scans under a folder of the store at any depth (a split, a label or the whole), in order of path."""
     for place, folders, _ in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "masks")
-        if Path(place).name in LABELS:
+        is_label = Path(place).name in LABELS
+        # A scan may be called `masks`; the folder of that name beside the labels holds lesion masks.
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and (is_label or name != "masks"))
+        if is_label:
             yield from filter(None, (read_scan(Path(place, name)) for name in folders))
             folders.clear()  # what lies in a scan's folder is in its scan.json: 100 slices a scan need not be listed
 

@@ -111,6 +111,13 @@ def test_new_subjects_fill_up_what_falls_short(tmp_path):
     assert sorted(split.values()) == ["test"] + 5 * ["train"] + 4 * ["val"]
 
 
+def test_another_spelling_keeps_the_split(tmp_path):
+    scans = [make_scan(tmp_path, name, label="normal") for name in ("sub-01", "sub-02", "sub-03")]
+    kept = {"1": "val", "SUB-2": "test", "sub-003": "val"}
+    split = {scan.subject: scan.split for scan in split_subjects(scans, (1, 0, 0), 0, kept)}
+    assert split == {"sub-01": "val", "sub-02": "test", "sub-03": "val"}
+
+
 def test_a_subject_with_an_abnormal_scan_cannot_have_been_trained_on(tmp_path):
     scans = [make_scan(tmp_path, "a", label="abnormal")]
     with pytest.raises(DataError, match="subject a has an abnormal scan and is in train from an earlier run"):
@@ -158,6 +165,9 @@ def test_a_subject_in_two_splits_is_a_leak(tmp_path):
     refuse_leaks([("a", "train", "x"), ("a", "train", "y"), ("b", "test", "z")])
     with pytest.raises(DataError, match=r"^y: subject a is in test and in train \(x\); all scans of a subject belong"):
         refuse_leaks([("a", "train", "x"), ("b", "test", "z"), ("a", "test", "y")])
+    with pytest.raises(DataError, match=r"^y: subject P01 is in test and in train"):
+        refuse_leaks([("p1", "train", "x"), ("P01", "test", "y")])
+    refuse_leaks([("p1", "train", "x"), ("p10", "test", "y"), ("p1_1", "val", "z")])
 
 
 def test_a_mixture_is_refused_with_the_list_of_the_fewer():
@@ -203,6 +213,18 @@ def test_a_plan_leaks_no_subject_in_the_folder_nor_from_the_store(tree):
     (tree / "raw/test/abnormal/a_T1w.nii").touch()
     with pytest.raises(DataError, match="subject a is in test and in train"):
         plan_tree(tree)
+
+
+def test_a_store_that_took_visits_for_people_keeps_their_split_or_is_refused(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name in ("p7_visit1", "p7_visit2", "p8_visit1", "p9_visit1"):
+        (tmp_path / f"raw/{name}.nii").touch()
+    stored = [replace(make_stored(tmp_path, "p7_visit1", "val/normal"), subject="p7_visit1")]
+    found = plan_tree(tmp_path, stored, label="normal")
+    assert {scan.split for scan in found.scans if scan.subject == "p7"} == {"val"}
+    stored += [replace(make_stored(tmp_path, "p7_visit2", "train/normal"), subject="p7_visit2")]
+    with pytest.raises(DataError, match=r"subject p7 is in train and in val"):
+        plan_tree(tmp_path, stored, label="normal")
 
 
 def test_a_scan_under_the_other_label_has_been_relabelled(tree):
@@ -258,6 +280,11 @@ def test_no_scans_is_one_line(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match="no scans"):
         plan_tree(tmp_path)
+    for name in ("x.nii", "x.nii.gz"):
+        (tmp_path / "raw" / name).touch()
+    with pytest.raises(DataError, match=r"raw/x\.nii: .*raw/x\.nii\.gz would also be called x") as error:
+        plan_tree(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_defaults_are_those_of_the_readme():

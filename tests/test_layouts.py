@@ -264,7 +264,8 @@ def test_modality(tmp_path):
 
 def test_layout_can_be_overridden(tmp_path):
     make_ixi(tmp_path)
-    assert len(search(tmp_path, "folder").scans) == 4
+    names = [scan.name for scan in search(tmp_path, "folder").scans]
+    assert names == ["IXI002-Guys-0828-T1", "IXI105-HH-1471-T1"], "T1 is asked for"
     assert search(tmp_path, "oasis1").scans == []
 
 
@@ -284,7 +285,7 @@ def test_recognise_needs_no_disk():
         ("patient_T1w", "patient", ""),
         ("patient7_visit2_FLAIR", "patient7", "visit2"),
         ("patient7-scan-3", "patient7", "scan-3"),
-        ("visit2", "visit2", ""),
+        ("visit2", "unnamed", "visit2"),
     ],
 )
 def test_subject_and_session_from_a_name(name, subject, session):

@@ -75,6 +75,22 @@ def test_a_dry_run_lists_every_scan_and_writes_nothing(tree, capsys):
     assert not (tree / "out").exists()
 
 
+def test_the_first_lines_say_who_is_who_and_a_pattern_says_it_otherwise(tmp_path, capsys):
+    for name in ("p1_1", "p1_2", "P02_visit1", "p2_visit2"):
+        save(tmp_path / f"raw/{name}_T1w.nii")
+    assert run(tmp_path / "raw", tmp_path / "out", "--label", "normal", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("a folder of volumes: 4 scans of 2 subjects in 4 sessions in ")
+    assert "    P02_visit1_T1w: subject P02, session visit1, " in out
+    assert "    p2_visit2_T1w: subject P02, session visit2, " in out
+    assert "2 names can be read in two ways; taken: p1_1_T1w.nii is of p1 rather than p1_1" in err
+    pattern = ["--subject-pattern", r"(p\d(?:_\d)?)_", "--label", "normal", "--dry-run"]
+    assert run(tmp_path / "raw", tmp_path / "out", *pattern) == 3
+    out, err = capsys.readouterr()
+    assert "3 scans of 3 subjects in 3 sessions" in out
+    assert [line.split(":")[0] for line in err.splitlines()] == [f"would skip {tmp_path}/raw/P02_visit1_T1w.nii"]
+
+
 def test_a_run_leaves_slices_a_record_and_a_contact_sheet(tree, capsys):
     assert run(tree / "raw", tree / "out") == 0
     assert f"3 done, 0 unchanged, 0 skipped; slices in {tree / 'out'}" in capsys.readouterr().out
@@ -311,6 +327,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tree):
         (["--json", "--dry-run"], "--json"),
         (["--axes", "RAL"], "--axes"),
         (["--axes", "RASA"], "--axes"),
+        (["--subject-pattern", "p[0-9]+"], "--subject-pattern"),
+        (["--subject-pattern", "(p"], "--subject-pattern"),
         (["--lab", "normal"], "--lab"),
     ],
 )

@@ -132,15 +132,15 @@ def test_gaps_between_slices_are_kept(tmp_path):
 
 
 def test_scans_are_listed_in_order_from_any_depth(tmp_path):
-    for place in ("val/normal/b", "train/normal/z", "train/normal/a", "test/abnormal/c"):
+    for place in ("val/normal/b", "train/normal/masks", "train/normal/a", "test/abnormal/c"):
         put(tmp_path, place)
     (tmp_path / "train/normal/unfinished").mkdir()
     shutil.copytree(tmp_path / "train/normal/a", tmp_path / "train/normal/.a.123.partial")
     shutil.copytree(tmp_path / "train/normal/a", tmp_path / "train/masks/normal/a")
     names = [str(scan.folder.relative_to(tmp_path)) for scan in list_scans(tmp_path)]
-    assert names == ["test/abnormal/c", "train/normal/a", "train/normal/z", "val/normal/b"]
-    assert [scan.name for scan in list_scans(tmp_path / "train")] == ["a", "z"]
-    assert [scan.name for scan in list_scans(tmp_path / "train/normal")] == ["a", "z"]
+    assert names == ["test/abnormal/c", "train/normal/a", "train/normal/masks", "val/normal/b"]
+    assert [scan.name for scan in list_scans(tmp_path / "train")] == ["a", "masks"]
+    assert [scan.name for scan in list_scans(tmp_path / "train/normal")] == ["a", "masks"]
     assert read_scan(tmp_path / "train/normal/unfinished") is None
     assert read_scan(tmp_path / "train/normal/none") is None
 

@@ -18,6 +18,7 @@ import training.trainer as trainer
 from common.cli import DataError
 from models.checkpoint import load_model
 from preprocessing.store import list_scans
+from preprocessing.subjects import key_subject
 from tests.conftest import TINY
 from tests.test_scripts import PROJECT, run_script
 from training.train import find_training_scans
@@ -138,14 +139,17 @@ def test_abnormal_training_scans_are_refused(processed, tmp_path):
 def test_split_by_subject(processed, tmp_path):
     shutil.copytree(processed / "train", tmp_path / "data/train")
     scans = list(list_scans(tmp_path / "data/train"))
-    twin = tmp_path / "data/train/normal/twin_T1w"  # a second session of the first subject
+    twin = tmp_path / "data/train/normal/twin_T1w"  # a second session of the first subject, spelled otherwise
     shutil.copytree(scans[0].folder, twin)
+    record = scans[0].record | {"subject": scans[0].subject.upper().replace("-", "_0")}
+    (twin / "scan.json").write_text(json.dumps(record))
     for seed in range(6):
         train, validation = find_training_scans(tmp_path / "data", 0.4, seed)
         assert train
         assert validation
         assert len(train) + len(validation) == 4
-        assert not {s.subject for s in train} & {s.subject for s in validation}
+        assert not {key_subject(s.subject) for s in train} & {key_subject(s.subject) for s in validation}
+        assert ({twin} <= {s.folder for s in train}) == ({scans[0].folder} <= {s.folder for s in train})
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2), (0.95, 2)])

@@ -40,6 +40,7 @@ from models.autoencoder import MODELS
 from models.checkpoint import load_checkpoint
 from preprocessing.cohort import refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
+from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
 from training.trainer import Trainer
 
@@ -61,13 +62,13 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         raise DataError(f"{data / 'train' / 'normal'}: no slices; run preprocessing/preprocess_oasis.py first")
     validation = list(list_scans(data / "val" / "normal"))
     if not validation:
-        subjects = sorted({scan.subject for scan in train})
+        subjects = sorted({key_subject(scan.subject): scan.subject for scan in train}.values())  # each in one spelling
         if len(subjects) < 2:
             raise DataError(f"{data / 'train'}: only one subject; add scans of others, one is needed for validation")
         count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-        held_out = set(np.random.default_rng(seed).permutation(subjects)[:count])
-        validation = [scan for scan in train if scan.subject in held_out]
-        train = [scan for scan in train if scan.subject not in held_out]
+        held_out = {key_subject(subject) for subject in np.random.default_rng(seed).permutation(subjects)[:count]}
+        validation = [scan for scan in train if key_subject(scan.subject) in held_out]
+        train = [scan for scan in train if key_subject(scan.subject) not in held_out]
     test = list_scans(data / "test")
     refuse_leaks(
         (scan.subject, split, str(scan.folder))
