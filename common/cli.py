@@ -8,13 +8,12 @@ dataset.json, metrics.json) keep their flags under `flags`, so that a record can
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,26 +113,6 @@ def list_flags(args: argparse.Namespace) -> dict:
     """The flags that made something, as plain values by name: what a record keeps under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {name: _make_plain(value) for name, value in flags.items()}
-
-
-@contextlib.contextmanager
-def silence(silent: bool) -> Iterator[None]:
-    """Nothing on standard output, where silent; errors remain.
-
-    It goes to the system's null device, for None is no file: starting a worker process flushes standard output.
-    """
-    with contextlib.ExitStack() as stack:
-        if silent:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield
-
-
-def read_axes(text: str) -> str:
-    """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
-    axes = text.upper()
-    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
-        raise argparse.ArgumentTypeError(f"{text}: say where the three axes point to, such as ASL or RAS")
-    return axes
 
 
 def _is_main() -> bool:

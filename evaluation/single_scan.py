@@ -17,7 +17,7 @@ from evaluation.predictor import Prediction, Predictor
 from evaluation.test_set import explain_no_flag
 from preprocessing.worker import CutSettings, cut_scan
 
-SHOWN_APART_MM = 10  # between the slices of a picture of the most unusual ones
+SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
 
 
@@ -56,7 +56,7 @@ def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
 
 
 def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Predictor) -> dict:
-    """One scan's verdict, logged and returned; leaves its maps and a picture of its most unusual slices in `out`."""
+    """One scan's verdict, logged and returned; leaves its maps and a picture of its worst slices in `out`."""
     for file in (path, mask):
         if file and not file.is_file():
             raise DataError(f"{file}: no such file; give --scan and --brain-mask files that are there")
@@ -68,7 +68,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     write_maps(scans.out / scan.name, prediction)
     shown = choose_apart(prediction)
     row = prediction.scan_row
-    title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its most unusual slices"
+    title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its worst slices"
     write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
     files = {"map": f"{scan.name}_anomaly.nii.gz", "mask": f"{scan.name}_mask.nii.gz", "picture": f"{scan.name}.png"}
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
@@ -117,7 +117,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
 
 
 def choose_apart(prediction: Prediction, count: int = 4) -> list[int]:
-    """The places of the most unusual slices, the worst first, with SHOWN_APART_MM between any two."""
+    """The places of the worst slices, the worst of all first, with SHOWN_APART_MM between any two."""
     chosen, spacing_mm = [], prediction.scan.geometry.slice_spacing_mm
     for i in prediction.rank_slices():
         if all(abs(i - other) * spacing_mm >= SHOWN_APART_MM for other in chosen):

@@ -42,8 +42,6 @@ class TestSet:
     flags           the flags as metrics.json keeps them
     """
 
-    __test__ = False  # no test of pytest
-
     run: Path
     data: Path
     out: Path

@@ -108,7 +108,7 @@ class Calibration:
 
     def to_state(self) -> dict[str, torch.Tensor]:
         """What model.pt keeps of it: float32 tensors on the CPU."""
-        return {key: torch.as_tensor(getattr(self, name)).float().cpu() for name, key in STATE_KEYS.items()}
+        return {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
 
     def to(self, device: torch.device | str) -> Calibration:
         """The same on another device."""

@@ -139,7 +139,7 @@ def _search_folder(
 ) -> Search:
     paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
-    if modality != "t1" and modality not in rules.modalities:
+    if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
     if rules.name == "folder":
         found, left_out = arrange_folder(paths, modality, pattern, _read_channels(folder))

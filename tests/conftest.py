@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.spatial.transform import Rotation
 
+from preprocessing import demo_cohort
 from preprocessing.demo_cohort import CohortSettings, make_cohort
 from preprocessing.preprocess_oasis import main as preprocess
 
@@ -21,7 +23,15 @@ SIZE = 32
 
 
 @pytest.fixture(scope="session")
-def raw(tmp_path_factory) -> Path:
+def template_is_read_once():
+    """To read and smooth the simulator's template takes longer than to make a tiny cohort of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_cohort, "load_template", functools.cache(demo_cohort.load_template))
+        yield
+
+
+@pytest.fixture(scope="session")
+def raw(template_is_read_once, tmp_path_factory) -> Path:
     """A raw folder of simulated scans at 4 mm: 3 training, 2 validation, 2 + 2 test."""
     folder = tmp_path_factory.mktemp("cohort") / "raw"
     make_cohort(folder, CohortSettings(3, 2, 2, 2, voxel_size_mm=4.0))

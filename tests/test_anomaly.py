@@ -295,6 +295,15 @@ def test_levels_run_from_the_lowest_to_the_highest_slice():
     np.testing.assert_allclose(mapped[0, 6, 22] / mapped[:, 6, 22], 1 + np.arange(31) / 2, rtol=1e-3)
 
 
+def test_a_single_slice_is_at_the_lowest_level():
+    expected = np.ones((1, LEVELS, 32, 32))
+    expected[:, 1:] = np.nan  # would be seen, were it asked
+    expected[:, 1] = 7
+    expected[:, 0, :, 16:] = 5
+    mapped = map_patches(make_calibration(expected), slices=1)
+    assert mapped[0, 6, 6] / mapped[0, 6, 22] == pytest.approx(5, rel=1e-3)
+
+
 def test_each_texture_is_divided_by_what_is_expected_of_it():
     """The mean chooses the row of the table, the deviation its column: around the patches' rims it is larger."""
     stack = np.full((3, 32, 32), 0.4, np.float32)

@@ -53,9 +53,9 @@ def test_the_table_gives_label_age_and_sex(tmp_path, clinical):
 
 @pytest.mark.parametrize("blank", ["normal", "abnormal"])
 def test_blank_is_a_label_only_where_asked_for_and_absent_never(blank, tmp_path, clinical):
-    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (3, 4)]
+    scans = [make_scan(tmp_path, f"OAS1_000{i}", "MR1") for i in (1, 2, 3, 4)]
     labelled, left_out = label_scans(scans, clinical, None, blank)
-    assert [(scan.subject, scan.label) for scan in labelled] == [("OAS1_0003", blank)]
+    assert [scan.label for scan in labelled] == ["normal", "abnormal", blank]
     assert len(left_out) == 1
 
 
@@ -72,6 +72,7 @@ def test_the_tree_goes_before_the_table_and_must_not_contradict_it(tmp_path, cli
     scan = make_scan(tmp_path, "OAS1_0003", "MR1", "train", "abnormal")
     ((labelled,), _) = label_scans([scan], clinical, None, None)
     assert (labelled.label, labelled.age) == ("abnormal", 21)
+    assert label_scans([scan], None, "normal", None)[0][0].label == "abnormal"
     with pytest.raises(DataError, match=r"is among the normal and is abnormal in .*a\.csv; move it"):
         label_scans([make_scan(tmp_path, "OAS1_0002", "MR1", "train", "normal")], clinical, None, None)
 
@@ -184,7 +185,7 @@ def test_a_mixture_is_refused_with_the_list_of_the_fewer():
 @pytest.fixture
 def tree(tmp_path):
     """Two training scans and a test scan in a split/label tree; nothing is read of them, so they are empty."""
-    for place in ("train/normal/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
+    for place in ("train/normal/z/a_T1w.nii", "train/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
         (tmp_path / "raw" / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "raw" / place).touch()
     return tmp_path
@@ -267,6 +268,14 @@ def test_without_a_tree_something_must_say_who_is_normal(folder):
     (folder / "a.csv").write_text("ID,CDR\nOAS1_0009_MR1,0\n")
     with pytest.raises(DataError, match=r"none of its 4 scans has a label; not in a\.csv"):
         plan_tree(folder, clinical=folder / "a.csv")
+
+
+def test_axes_that_are_given_go_before_those_of_the_layout(tmp_path):
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1").mkdir(parents=True)
+    (tmp_path / "raw/OASIS_OAS1_0001_MR1/norm.nii.gz").touch()
+    for axes, wanted in ((None, ("LIA", "RAS")), ("PSR", ("PSR", None))):
+        (scan,) = plan_tree(tmp_path, label="normal", axes=axes).scans
+        assert (scan.axes, scan.distrusted) == wanted
 
 
 def test_splits_are_kept_from_an_earlier_plan_and_before_it_from_the_store(folder):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from common.cli import DataError
 from evaluation.compare import main as compare
 from tests.test_table import make_metrics
 
@@ -30,12 +31,25 @@ def test_models_stand_side_by_side(tmp_path, capsys):
     assert r"one\_a, anomaly map & 0.200" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capsys):
+    folders = [write_evaluation(tmp_path / name, "dae", first) for name, first in (("one", 0.2), ("two", 0.4))]
+    assert compare(folders) == 0
+    table = capsys.readouterr().out
+    assert [
+        f"| {folder}, anomaly map | {value} " in table
+        for folder, value in zip(folders, ("0.200", "0.400"), strict=True)
+    ] == [
+        True,
+        True,
+    ]
+
+
 def test_evaluations_of_different_data_are_not_compared(tmp_path):
     folders = [write_evaluation(tmp_path / data, data, 0.2, data) for data in ("a", "b")]
-    with pytest.raises((SystemExit, ValueError), match="of different data"):
+    with pytest.raises(DataError, match="of different data"):
         compare(folders)
 
 
 def test_an_unfinished_evaluation_is_refused(tmp_path):
-    with pytest.raises((SystemExit, ValueError), match=r"metrics.json: no finished evaluation"):
+    with pytest.raises(DataError, match=r"metrics.json: no finished evaluation"):
         compare([str(tmp_path)])

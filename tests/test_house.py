@@ -38,6 +38,10 @@ def list_imports(path: Path) -> set[str]:
     return found
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 def is_script(path: Path) -> bool:
     return '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 
@@ -103,4 +107,7 @@ def test_the_store_needs_no_torch_and_no_script_needs_dask():
 def test_tests_bind_no_private_name():
     for path in (PROJECT / "tests").glob("*.py"):
         for module in list_imports(path):
-            assert not any(part.startswith("_") and part != "__future__" for part in module.split(".")), path
+            assert not any(is_private(part) for part in module.split(".")), f"{path.name} imports {module}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            private = isinstance(node, ast.Attribute) and is_private(node.attr)
+            assert not private or ast.unparse(node.value) == "os", f"{path.name}: {ast.unparse(node)}"

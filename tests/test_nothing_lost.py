@@ -21,7 +21,6 @@ import training.train as training
 from common.cli import DataError
 from common.files import hold_folder
 from evaluation.evaluate import main as evaluate
-from models.checkpoint import CheckpointError
 from preprocessing.preprocess_oasis import main as preprocess
 from tests.conftest import SIZE, TINY
 
@@ -123,9 +122,16 @@ def test_killed_at_sixty_random_points(start, raw, tmp_path):
     run_with_kills(start, raw, tmp_path, kills=20, workers=2, panels=1)
 
 
-def test_the_second_in_a_folder_is_refused(processed, run):
+def test_the_second_in_a_folder_is_refused(raw, processed, run, evaluation):
     with hold_folder(run, "--run"), pytest.raises(DataError, match="another process works in it"):
         training.main(["--data", str(processed), "--run", str(run), *TINY])
+    command = ["--raw", str(raw), "--processed", str(processed), "--size", str(SIZE), "--workers", "1"]
+    with hold_folder(processed, "--processed"), pytest.raises(DataError, match="another process works in it"):
+        preprocess(command)
+    assert preprocess([*command, "--dry-run"]) == 0
+    out, command = evaluation
+    with hold_folder(out, "--out"), pytest.raises(DataError, match="another process works in it"):
+        evaluate(command)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(processed, run, tmp_path):
@@ -163,6 +169,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(processed, tmp_path, monkey
         ("model.pt", lambda: evaluate(["--run", str(run), "--data", str(processed / "test")])),
     ):
         torch.save({"config": Evil()}, run / name)
-        with pytest.raises(CheckpointError, match=name):
+        with pytest.raises(DataError, match=name):
             start()
     assert not Path("evil-was-here").exists()

@@ -46,6 +46,20 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
     assert found.refused == found.left_out == []
 
 
+def test_masks_beside_a_scan_count_where_the_tree_has_none(tmp_path):
+    names = ("a_T1w.nii", "a_mask.nii", "a_seg.nii", "b_T1w.nii", "b_mask.nii", "b_seg.nii")
+    touch(*(tmp_path / "test/abnormal" / name for name in names))
+    touch(tmp_path / "test/masks/b_brain.nii", tmp_path / "test/masks/b_lesion.nii")
+    masks = {scan.name: (scan.brain_mask.name, scan.lesion_mask.name) for scan in search(tmp_path).scans}
+    assert masks == {"a_T1w": ("a_mask.nii", "a_seg.nii"), "b_T1w": ("b_brain.nii", "b_lesion.nii")}
+
+
+def test_the_layout_gives_axes(tmp_path):
+    touch(tmp_path / "OASIS_OAS1_0001_MR1/norm.nii.gz")
+    (scan,) = search(tmp_path).scans
+    assert (scan.axes, scan.distrusted) == ("LIA", "RAS")
+
+
 def test_masks_are_looked_for_in_their_own_split(tmp_path):
     touch(tmp_path / "train/normal/a_T1w.nii", tmp_path / "test/masks/a_brain.nii")
     assert search(tmp_path).scans[0].brain_mask is None

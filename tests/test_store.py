@@ -84,6 +84,8 @@ def test_a_loaded_scan_holds_everything_that_later_stages_need(tmp_path):
     write_scan(tmp_path / "test/normal/b", STACK, None, old)
     loaded = read_scan(tmp_path / "test/normal/b").load()
     assert (loaded.session, loaded.age, loaded.sex, loaded.lesion_voxels) == ("", None, None, None)
+    small = put(tmp_path, "test/normal/c", stack=STACK[:, :8, :8], lesion=None, size=8, skull_off=False)
+    assert (small.size, small.load().skull_off) == (8, False)
 
 
 def test_slices_stand_on_disk_as_the_readme_says(tmp_path):

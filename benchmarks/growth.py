@@ -1,0 +1,107 @@
+"""How listing, starting a training run and a second preprocessing grow with the number of scans.
+
+The scans are tiny copies of one. Prints a table of seconds and peak memory, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import nibabel as nib
+import numpy as np
+
+from common.cli import DataError, HelpFormatter, number, run_script
+
+PROJECT = Path(__file__).resolve().parents[1]
+LISTING = "import sys, preprocessing.store as s; scans = list(s.list_scans(s.Path(sys.argv[1])))"
+MOST_LINKS = 50_000  # a file can have 65,000 names on ext4
+EXAMPLE = "example:\n  python benchmarks/growth.py --scans 1000 5000 20000"
+
+
+def clone_scans(folder: Path, count: int) -> list[str]:
+    """So many tiny scans, raw and preprocessed, from one: the raw files are links, the slices copies.
+
+    Returns the command (without the interpreter) that preprocesses them.
+    """
+    raw, processed = folder / "raw", folder / "processed"
+    raw.mkdir(parents=True)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (24, 28, 24)], indexing="ij"))
+    values = np.where((grid**2).sum(0) < 0.8, 500 + 100 * grid[0] + 50 * grid[2], 0).astype(np.int16)
+    first = raw / "sub-000000_T1w.nii"
+    nib.save(nib.Nifti1Image(values, np.diag([6.0, 6.0, 6.0, 1])), first)
+    command = ["preprocessing/preprocess_oasis.py", "--raw", raw, "--processed", processed, "--label", "normal"]
+    command += ["--split", "1", "0", "0", "--size", "16", "--keep", "0.1", "--workers", "1"]
+    subprocess.run([sys.executable, *command], cwd=PROJECT, check=True, capture_output=True)
+    done = processed / "train" / "normal" / "sub-000000_T1w"
+    text = (done / "scan.json").read_text()
+    for number in range(1, count):
+        name = f"sub-{number:06d}"
+        if number % MOST_LINKS:
+            os.link(first, raw / f"{name}_T1w.nii")
+        else:
+            first = Path(shutil.copy(first, raw / f"{name}_T1w.nii"))
+        shutil.copytree(done, done.with_name(f"{name}_T1w"))
+        done.with_name(f"{name}_T1w").joinpath("scan.json").write_text(text.replace("sub-000000", name))
+    return command
+
+
+def train_one_step(folder: Path, count: int) -> list[str]:
+    """The command (without the interpreter) that trains one step on the cloned scans; 20 of them validate."""
+    flags = ["--steps", "1", "--width", "8", "--no-in-memory", "--device", "cpu", "--precision", "fp32"]
+    flags += ["--data", folder / "processed", "--run", folder / "run", "--val-fraction", str(20 / count)]
+    return ["training/train.py", *flags]
+
+
+def measure_process(command: list) -> tuple[float, float]:
+    """(seconds, peak MB) of a command of this project."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=PROJECT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise DataError(f"{' '.join(map(str, command))}: failed")
+    return time.perf_counter() - began, usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def measure_growth(counts: list[int], folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """{what: [(seconds, peak MB) for each count]}."""
+    table = {}
+    for count in counts:
+        place = folder / str(count)
+        preprocessing = clone_scans(place, count)
+        table.setdefault("listing", []).append(measure_process(["-c", LISTING, place / "processed"]))
+        table.setdefault("second preprocessing", []).append(measure_process(preprocessing))
+        table.setdefault("training of one step", []).append(measure_process(train_one_step(place, count)))
+        shutil.rmtree(place)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--scans", type=number(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
+    )
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        table = measure_growth(args.scans, Path(temporary))
+    print(f"{'':34}" + "".join(f"{count:>18,} scans" for count in args.scans))
+    for what, row in table.items():
+        print(f"{what:34}" + "".join(f"{seconds:12.1f} s {mb:6.0f} MB" for seconds, mb in row))
+    print(json.dumps({what: [[round(value, 1) for value in cell] for cell in row] for what, row in table.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
