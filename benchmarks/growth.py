@@ -21,7 +21,7 @@ if not __package__:
 import nibabel as nib
 import numpy as np
 
-from common.cli import DataError, HelpFormatter, number, run_script
+from common.cli import DataError, HelpFormatter, bounded, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 LISTING = "import sys, preprocessing.store as s; scans = list(s.list_scans(s.Path(sys.argv[1])))"
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--scans", type=number(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
+        "--scans", type=bounded(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
     )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:

@@ -27,7 +27,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import MODELS, PlainTraining, choose_pair, map_one_by_one
-from common.cli import HelpFormatter, number, run_script
+from common.cli import HelpFormatter, bounded, run_script
 from common.device import PRECISIONS, choose_precision, keep_freed_memory
 from models.anomaly import map_anomalies, reconstruct
 from models.calibration import Calibration
@@ -262,12 +262,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    count = number(int, least=1)
+    count = bounded(int, least=1)
     parser.add_argument("--rounds", type=count, default=5, help="of each loop, in turn; the median counts")
     parser.add_argument("--steps", type=count, default=6, help="optimiser steps a round")
     parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
     parser.add_argument(
-        "--size", type=number(int, least=16, multiple_of=16), default=128, help="pixels along each side of a slice"
+        "--size", type=bounded(int, least=16, multiple_of=16), default=128, help="pixels along each side of a slice"
     )
     parser.add_argument("--scans", type=count, default=6, help="simulated scans to train on")
     parser.add_argument("--slices", type=count, default=64, help="slices of each scan")

@@ -8,6 +8,7 @@ dataset.json, metrics.json) keep their flags under `flags`, so that a record can
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -81,7 +82,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def number(
+def bounded(
     kind: type = float,
     above: float = -math.inf,
     least: float = -math.inf,
@@ -106,7 +107,7 @@ def number(
     return read
 
 
-SEED = number(int, least=0, most=2**32 - 1)
+SEED = bounded(int, least=0, most=2**32 - 1)
 
 
 def list_flags(args: argparse.Namespace) -> dict:

@@ -33,9 +33,9 @@ from common.cli import (
     SEED,
     DataError,
     HelpFormatter,
+    bounded,
     list_flags,
     log,
-    number,
     parse_flags,
     run_script,
     set_up_logging,
@@ -250,7 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(
         "--split",
-        type=number(least=0, most=1),
+        type=bounded(least=0, most=1),
         nargs=3,
         metavar=tuple(SPLITS),
         default=[0.8, 0.1, 0.1],
@@ -258,20 +258,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of the split")
     parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
-    parser.add_argument("--volume", type=number(int, least=0), help="which volume of files with several, from 0")
+    parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of files with several, from 0")
     parser.add_argument(
         "--lesion-labels",
-        type=number(int, least=1),
+        type=bounded(int, least=1),
         nargs="+",
         metavar="LABEL",
         help="labels in lesion masks that are lesion; left out: all above 0",
     )
-    share, side = number(above=0, most=1), number(int, least=16, most=1024, multiple_of=16)
-    width = number(least=100, most=1000)
+    share, side = bounded(above=0, most=1), bounded(int, least=16, most=1024, multiple_of=16)
+    width = bounded(least=100, most=1000)
     parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
     parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
     parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
-    workers = number(int, least=1)
+    workers = bounded(int, least=1)
     parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans in work at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be done, file by file")

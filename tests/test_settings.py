@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import SEED, list_flags, number, parse_flags
+from common.cli import SEED, bounded, list_flags, parse_flags
 from preprocessing.preprocess_oasis import main as preprocess
 
 
@@ -68,10 +68,10 @@ def test_wrong_files_are_wrong_usage(text, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("read", "good", "bad"),
     [
-        (number(above=0), {"1e-3": 1e-3, "2": 2.0}, ["0", "-1", "nan", "inf", "-inf", "1e999", "one", ""]),
-        (number(least=0, below=1), {"0": 0.0, "0.99": 0.99}, ["1", "-1e-9", "nan"]),
-        (number(int, least=1, most=6), {"1": 1, "6": 6}, ["0", "7", "2.0", "nan", "1e0"]),
-        (number(int, least=16, multiple_of=16), {"16": 16, "48": 48}, ["0", "-16", "24", "8"]),
+        (bounded(above=0), {"1e-3": 1e-3, "2": 2.0}, ["0", "-1", "nan", "inf", "-inf", "1e999", "one", ""]),
+        (bounded(least=0, below=1), {"0": 0.0, "0.99": 0.99}, ["1", "-1e-9", "nan"]),
+        (bounded(int, least=1, most=6), {"1": 1, "6": 6}, ["0", "7", "2.0", "nan", "1e0"]),
+        (bounded(int, least=16, multiple_of=16), {"16": 16, "48": 48}, ["0", "-16", "24", "8"]),
         (SEED, {"0": 0, "4294967295": 2**32 - 1}, ["-1", "4294967296", "1.5"]),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_number_out_of_range_is_no_flag(read, good, bad):
 
 def test_the_limits_of_a_number_are_said():
     with pytest.raises(argparse.ArgumentTypeError, match=r"^7: give a whole number at least 1, at most 6$"):
-        number(int, least=1, most=6)("7")
+        bounded(int, least=1, most=6)("7")
 
 
 WRONG = {

@@ -27,9 +27,9 @@ from common.cli import (
     SEED,
     DataError,
     HelpFormatter,
+    bounded,
     list_flags,
     log,
-    number,
     parse_flags,
     run_script,
     set_up_logging,
@@ -175,17 +175,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed"), help="slices of preprocess_oasis.py")
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
-    count = number(int, least=1)
+    count = bounded(int, least=1)
     parser.add_argument("--width", type=count, help="channels of the first level; left out: 64 for dae, 32 for cae")
-    parser.add_argument("--depth", type=number(int, least=1, most=6), default=3, help="levels of the dae")
+    parser.add_argument("--depth", type=bounded(int, least=1, most=6), default=3, help="levels of the dae")
     parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
         "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
         "3000 for cae"
     )  # fmt: skip
     parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
-    parser.add_argument("--lr", type=number(above=0), default=1e-3, help="peak learning rate of Adam")
-    share = number(above=0, below=1)
+    parser.add_argument("--lr", type=bounded(above=0), default=1e-3, help="peak learning rate of Adam")
+    share = bounded(above=0, below=1)
     parser.add_argument(
         "--val-fraction", type=share, default=0.1, help="share of subjects set aside without val/normal"
     )
