@@ -50,6 +50,7 @@ from preprocessing.store import StoredScan, clear_leftovers, list_scans
 from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
+NAMES_LISTED = 12
 EXAMPLE = """examples:
   python preprocessing/preprocess_oasis.py --raw Dataset/demo/raw --processed Dataset/demo/processed
   python preprocessing/preprocess_oasis.py --raw OASIS-1 --clinical oasis_cross-sectional.csv --dry-run"""
@@ -96,6 +97,7 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header gives them" if scan.axes else ""
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
+    warn_of_masks(found)
     kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
@@ -103,6 +105,33 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         log.info(f"  left out: {len(found.left_out)} files{'' if args.dry_run else ' (--dry-run lists them)'}")
         for path, why in found.left_out if args.dry_run else ():
             log.info(f"    {path}: {why}")
+
+
+def warn_of_masks(found: Search) -> None:
+    """Warn of masks that no scan has, and of abnormal scans that have none."""
+    unused = [Path(path).name for path, why in found.left_out if why.startswith(("a mask", "a lesion mask"))]
+    if unused:
+        log.warning("  %d masks belong to no scan that can have them: %s", len(unused), list_names(unused))
+    bare = [scan.name for scan in found.scans if scan.label == "abnormal" and scan.lesion_mask is None]
+    if bare:
+        why = "it is not known where they are abnormal, so they count in no figure of slices or voxels"
+        log.warning("  %d abnormal scans have no lesion mask: %s; %s", len(bare), list_names(bare), why)
+
+
+def warn_of_scans(stored: list[StoredScan]) -> None:
+    """Warn of what was not plain in the scans of the store, once each with the scans' names."""
+    groups = {}
+    for old in stored:
+        for warning in old.record.get("warnings", ()):
+            what, bracket, detail = warning.partition(" (")
+            groups.setdefault(what, []).append(old.name + bracket + detail)
+    for what, names in groups.items():
+        log.warning("%d scans: %s: %s", len(names), what, list_names(names))
+
+
+def list_names(names: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {len(names) - NAMES_LISTED} more" * (len(names) > NAMES_LISTED))
 
 
 def write_slices(args: argparse.Namespace, found: Search) -> int:
@@ -128,6 +157,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
             draw_contact_sheet(stored, args.processed)
         except OSError as error:
             raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
+    warn_of_scans(stored)
     _write_record(args.processed, record)  # last: "scans" in it says that the rest is complete
     log.info(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {len(skipped)} skipped; slices in {args.processed}"
