@@ -11,8 +11,9 @@ from scipy import ndimage
 
 from common.cli import DataError
 from preprocessing.images import read_image
-from preprocessing.volume import RINGING, Volume, fill_holes
+from preprocessing.volume import Volume, fill_holes
 
+RINGING = 0.3  # of a mask's highest value: as far as a spline goes below 0
 MOST_LABELS = 20  # whole numbers of so few values are labels; of more, where neighbours are alike
 STRAY_SHARE = 0.1  # of the main piece: smaller pieces are no part of the brain
 
@@ -60,7 +61,7 @@ def cut_mask(values: np.ndarray, labels: Sequence[int] | None = None) -> tuple[n
         raise DataError(f"holds values from {low:g} to {high:g}, no mask does; make the mask again")
     if labels or not _is_soft(values, low, high):
         return _take_labels(values, labels)
-    half = 0.5 if high <= 1 + RINGING else high / 2
+    half = 0.5 if high <= 1.5 else high / 2  # a spline goes beyond 1
     how = "" if low >= 0 and high <= 1 else f"soft, and cut at one half ({low:.3g} to {high:.3g}, cut at {half:.3g})"
     return values > half, how
 

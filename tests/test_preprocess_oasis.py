@@ -328,7 +328,7 @@ def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, caps
     for _ in range(2):
         assert run(tree / "raw", tree / "out", "--quiet") == 0
         err = capsys.readouterr().err.splitlines()
-        assert "2 scans: pieces apart from the brain were dropped: a_T1w (1.3 ml), b_T1w (1.3 ml)" in err
+        assert "2 scans: pieces apart from the brain were dropped: a_T1w (1.33 ml), b_T1w (1.33 ml)" in err
         assert "1 scans: its lesion mask: soft, and cut at one half: c_T1w (0 to 100, cut at 50)" in err
 
 
