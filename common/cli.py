@@ -8,7 +8,9 @@ dataset.json, metrics.json) keep their flags under `flags`, so that a record can
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -78,6 +80,34 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def bounded(
+    kind: type = float,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    multiple_of: int = 0,
+) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number within these limits, whole where kind is int."""
+    limits = (("above", above), ("at least", least), ("below", below), ("at most", most))
+    words = [f"{word} {limit:.15g}" for word, limit in limits if math.isfinite(limit)]
+    words += [f"a multiple of {multiple_of}"] if multiple_of else []
+    wanted = f"{'a whole' if kind is int else 'a'} number {', '.join(words)}".rstrip()
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            within = above < value < below and least <= value <= most  # which no nan is
+            if within and math.isfinite(value) and not (multiple_of and value % multiple_of):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+
+    return read
+
+
+SEED = bounded(int, least=0, most=2**32 - 1)
 
 
 def list_flags(args: argparse.Namespace) -> dict:

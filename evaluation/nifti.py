@@ -40,15 +40,23 @@ def make_mask(prediction: Prediction) -> np.ndarray:
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray, about: str, top: float) -> None:
     """Write values (I, J, K) as NIfTI, whole or not at all; viewers open it with colours from 0 to `top`."""
     image = nib.Nifti1Image(values, affine)
-    # both, because viewers differ in which they read
-    image.set_qform(affine, code="scanner")
     image.set_sform(affine, code="scanner")
+    if is_sheared(affine):
+        image.set_qform(None, code=0)  # it cannot say shears, and would lead elsewhere
+    else:
+        image.set_qform(affine, code="scanner")  # both, because viewers differ in which they read
     image.header["descrip"] = about
     image.header["cal_max"] = top
     image.header.set_xyzt_units("mm")
     partial = path.with_name(f".{path.name}")
     nib.save(image, partial)
     os.replace(partial, path)
+
+
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes of a grid with that affine (4, 4) do not stand at right angles."""
+    axes = affine[:3, :3] / nib.affines.voxel_sizes(affine)
+    return not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3)
 
 
 def name_bids(scans: list[tuple[str, str | None]]) -> list[str]:

@@ -92,9 +92,13 @@ class Predictor:
                 f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
                 "calibrates where last.pt is whole"
             )
+        try:
+            calibration = Calibration.from_state(content["calibration"]).to(device)
+        except DataError as error:
+            raise DataError(f"{model_path}: {error}") from error
         return cls(
             model=model.to(memory_format=torch.channels_last),
-            calibration=Calibration.from_state(content["calibration"]).to(device),
+            calibration=calibration,
             slices=content["slices"],
             seen=frozenset(content["seen"]),
             precision=PRECISIONS[content["precision"]],
@@ -102,7 +106,10 @@ class Predictor:
         )
 
     def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
-        """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it."""
+        """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it.
+
+        DataError where its map is not of finite numbers: nothing can be said of the scan then.
+        """
         stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
         sampling_mm = scan.geometry.sampling_mm
         reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
@@ -111,6 +118,10 @@ class Predictor:
             "score": map_anomalies(stack, reconstruction, sampling_mm, self.calibration),
             "mse": torch.where(stack > 0, squares, torch.nan),
         }
+        if not maps["score"][stack > 0].isfinite().all():
+            raise DataError(
+                f"{scan.source}: its anomaly map is not of finite numbers; try --device cpu, or train again"
+            )
         if baselines:
             brightness = map_brightness(stack)
             deviation = map_deviation(stack, sampling_mm, self.calibration)

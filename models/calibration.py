@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from common.cli import DataError
 from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
 
 TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
@@ -98,8 +99,11 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
-        """The calibration that `to_state` wrote, on the devices of its tensors."""
+        """The calibration that `to_state` wrote, on the devices of its tensors. DataError where it holds no numbers."""
         values = {name: state[key] for name, key in STATE_KEYS.items()}
+        for name, value in values.items():
+            if not torch.as_tensor(value).isfinite().all():
+                raise DataError(f"its {name.replace('_', ' ')} is not of finite numbers; train again")
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:

@@ -44,4 +44,6 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
         model.load_state_dict(content["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path}: does not hold a model of this version; train again") from error
+    if not all(values.isfinite().all() for values in model.state_dict().values()):
+        raise DataError(f"{path}: holds weights that are not finite numbers; train again")
     return model.to(device).eval(), content

@@ -29,7 +29,17 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import (
+    SEED,
+    DataError,
+    HelpFormatter,
+    bounded,
+    list_flags,
+    log,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
 from common.files import hold_folder, write_atomically
 from preprocessing.cohort import CohortRules, plan, refuse_mixture
 from preprocessing.images import parse_axes
@@ -40,6 +50,7 @@ from preprocessing.store import StoredScan, clear_leftovers, list_scans
 from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
+NAMES_LISTED = 12
 EXAMPLE = """examples:
   python preprocessing/preprocess_oasis.py --raw Dataset/demo/raw --processed Dataset/demo/processed
   python preprocessing/preprocess_oasis.py --raw OASIS-1 --clinical oasis_cross-sectional.csv --dry-run"""
@@ -90,6 +101,7 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
     for note in found.notes:
         log.info(f"  {note}")
+    warn_of_masks(found)
     kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
@@ -97,6 +109,33 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         log.info(f"  left out: {len(found.left_out)} files{'' if args.dry_run else ' (--dry-run lists them)'}")
         for path, why in found.left_out if args.dry_run else ():
             log.info(f"    {path}: {why}")
+
+
+def warn_of_masks(found: Search) -> None:
+    """Warn of masks that no scan has, and of abnormal scans that have none."""
+    unused = [Path(path).name for path, why in found.left_out if why.startswith(("a mask", "a lesion mask"))]
+    if unused:
+        log.warning("  %d masks belong to no scan that can have them: %s", len(unused), list_names(unused))
+    bare = [scan.name for scan in found.scans if scan.label == "abnormal" and scan.lesion_mask is None]
+    if bare:
+        why = "it is not known where they are abnormal, so they count in no figure of slices or voxels"
+        log.warning("  %d abnormal scans have no lesion mask: %s; %s", len(bare), list_names(bare), why)
+
+
+def warn_of_scans(stored: list[StoredScan]) -> None:
+    """Warn of what was not plain in the scans of the store, once each with the scans' names."""
+    groups = {}
+    for old in stored:
+        for warning in old.record.get("warnings", ()):
+            what, bracket, detail = warning.partition(" (")
+            groups.setdefault(what, []).append(old.name + bracket + detail)
+    for what, names in groups.items():
+        log.warning("%d scans: %s: %s", len(names), what, list_names(names))
+
+
+def list_names(names: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {len(names) - NAMES_LISTED} more" * (len(names) > NAMES_LISTED))
 
 
 def write_slices(args: argparse.Namespace, found: Search) -> int:
@@ -122,6 +161,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
             draw_contact_sheet(stored, args.processed)
         except OSError as error:
             raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
+    warn_of_scans(stored)
     _write_record(args.processed, record)  # last: "scans" in it says that the rest is complete
     log.info(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {len(skipped)} skipped; slices in {args.processed}"
@@ -134,7 +174,8 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
 
 def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str, str]]:
     """`preprocess_scan` of all scans, on this machine or on a cluster; what it returns, in the order of the scans."""
-    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume)
+    labels = tuple(sorted(set(args.lesion_labels))) if args.lesion_labels else None
+    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels)
     results = []
     with _work_on(args.dask):
         running = Parallel(n_jobs=args.workers, return_as="generator")(
@@ -246,34 +287,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(
-        "--split", type=float, nargs=3, metavar=tuple(SPLITS), default=[0.8, 0.1, 0.1], help="shares of normal subjects"
+        "--split",
+        type=bounded(least=0, most=1),
+        nargs=3,
+        metavar=tuple(SPLITS),
+        default=[0.8, 0.1, 0.1],
+        help="shares of normal subjects",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the split")
     parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
-    parser.add_argument("--volume", type=int, help="which volume of files with several, from 0")
-    parser.add_argument("--keep", type=float, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
-    parser.add_argument("--fov-mm", type=float, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scans in work at a time")
+    parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of files with several, from 0")
+    parser.add_argument(
+        "--lesion-labels",
+        type=bounded(int, least=1),
+        nargs="+",
+        metavar="LABEL",
+        help="labels in lesion masks that are lesion; left out: all above 0",
+    )
+    share, side = bounded(above=0, most=1), bounded(int, least=16, most=1024, multiple_of=16)
+    width = bounded(least=100, most=1000)
+    parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
+    parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
+    parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
+    workers = bounded(int, least=1)
+    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans in work at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be done, file by file")
     parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; warnings remain")
     parser.add_argument("--json", action="store_true", help="print dataset.json on standard output and nothing else")
     args = parse_flags(parser, argv)
-    wrong = {
-        "--keep is a share of the slices: above 0, at most 1": not 0 < args.keep <= 1,
-        "--size is a multiple of 16": args.size < 16 or args.size % 16,
-        "--fov-mm is above 0": args.fov_mm is not None and args.fov_mm <= 0,
-        "--split is three shares that sum to 1": min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6,
-        "--workers is at least 1": args.workers < 1,
-        "--json is about what was done, --dry-run does nothing; leave one out": args.json and args.dry_run,
-        "--normal-values and --abnormal-values are about a table; give it with --clinical": not args.clinical
-        and (args.normal_values or args.abnormal_values),
-        "--volume counts from 0": args.volume is not None and args.volume < 0,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    if abs(sum(args.split) - 1) > 1e-6:
+        parser.error("--split is three shares that sum to 1")
+    if args.json and args.dry_run:
+        parser.error("--json is about what was done, --dry-run does nothing; leave one out")
+    if (args.normal_values or args.abnormal_values) and not args.clinical:
+        parser.error("--normal-values and --abnormal-values are about a table; give it with --clinical")
     return args
 
 

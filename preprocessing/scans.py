@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import DataError
-from preprocessing.folders import arrange_folder
+from preprocessing.folders import arrange_folder, read_mask_name
 from preprocessing.layouts import CONTRAST, LAYOUTS, arrange, name_contrast, recognise
 from preprocessing.subjects import find_ambiguous, strip_ending, unify
 from preprocessing.vocabulary import ENDINGS
@@ -19,6 +19,7 @@ SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
 LABELS = ("normal", "abnormal")
 TREE = "split/label tree"
+NO_SCAN = "a mask of no scan here"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def search(
 
     Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
     may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
-    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where
-    id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion masks.
+    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain`, `<id>_lesion` or as
+    tools name them, where id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion
+    masks.
     `pattern` says the subject of each path; without it `subjects.identify` does.
     """
     if not raw.is_dir():
@@ -81,10 +83,8 @@ def search(
         found = _search_folder(raw, layout, modality, besides, pattern)
     else:
         parts = []
-        for split, label in places:
-            part = _search_folder(raw / split / label, None, modality, besides, pattern)
-            masks = {name_scan(path): path for path in list_volumes(raw / split / "masks")}
-            parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
+        for split in SPLITS:
+            parts += _search_split(raw, split, modality, besides, pattern)
         layouts = sorted({part.layout for part in parts if part.scans} - {"folder"})
         name = f"{TREE} of {', '.join(layouts)}" if layouts else TREE
         found = Search(name, *(_join(lists) for lists in list(zip(*parts, strict=True))[1:]))
@@ -169,6 +169,16 @@ def _search_folder(
     return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], refused)
 
 
+def _search_split(raw: Path, split: str, modality: str, besides: Path | None, pattern: str | None) -> list[Search]:
+    """What the split of a tree holds: of each label, and the masks beside that no scan has."""
+    labels, masks = [label for label in LABELS if (raw / split / label).is_dir()], _index_masks(raw / split / "masks")
+    parts = []
+    for label in labels:
+        part = _search_folder(raw / split / label, None, modality, besides, pattern)
+        parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
+    return [*parts, Search("folder", [], _list_unused(masks, parts), [])]
+
+
 def _read_channels(folder: Path) -> dict[int, str]:
     """Contrasts by nnU-Net's channel number, as the dataset.json of the folder says; {} where none does."""
     try:
@@ -180,19 +190,38 @@ def _read_channels(folder: Path) -> dict[int, str]:
         return {}
 
 
-def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
+def _index_masks(folder: Path) -> dict[tuple[str, str], Path]:
+    """{(kind, whose): path} as `folders.read_mask_name` reads them; ("", name) of those that it cannot read."""
+    masks = {}
+    for path in list_volumes(folder):
+        kind, whose = read_mask_name(name_scan(path))
+        masks.setdefault((kind, whose or name_scan(path)), path)
+    return masks
+
+
+def _place(scan: Scan, split: str, label: str, masks: dict[tuple[str, str], Path]) -> Scan:
     """The scan with the split, label and masks that the tree gives it."""
-    ids = (scan.name, CONTRAST.sub("", scan.name))
-    brain, lesion = (
-        next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")
-    )
+    whose = CONTRAST.sub("", scan.name).lower()
+    lesion = masks.get(("lesion", whose)) or scan.lesion_mask
     return replace(
         scan,
         split=split,
         label=label,
-        brain_mask=brain or scan.brain_mask,
-        lesion_mask=(lesion or scan.lesion_mask) if label == "abnormal" else None,
+        brain_mask=masks.get(("brain mask", whose)) or scan.brain_mask,
+        lesion_mask=lesion if label == "abnormal" else None,
     )
+
+
+def _list_unused(masks: dict[tuple[str, str], Path], parts: list[Search]) -> list[tuple[str, str]]:
+    """[(path, why)] of the masks that no scan has."""
+    scans = [scan for part in parts for scan in part.scans]
+    used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
+    normal = {CONTRAST.sub("", scan.name).lower() for scan in scans if scan.label == "normal"}
+    return [
+        (str(path), "a lesion mask, but its scan is normal" if (kind, whose in normal) == ("lesion", True) else NO_SCAN)
+        for (kind, whose), path in masks.items()
+        if path not in used
+    ]
 
 
 def _join(lists):

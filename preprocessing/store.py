@@ -120,6 +120,7 @@ class StoredScan:
             session=record.get("session") or "",
             age=record.get("age"),
             sex=record.get("sex"),
+            warnings=tuple(record.get("warnings", ())),
         )
 
     def read_stack(self) -> np.ndarray:
@@ -156,6 +157,8 @@ def read_slice(path: Path, size: int) -> np.ndarray:
             f"{path}: {values.dtype} of shape {values.shape} instead of numbers of {(size, size)}; "
             "delete its folder, preprocess again"
         )
+    if not (values.min() >= 0 and values.max() <= 1):  # which no nan is
+        raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
     return values
 
 

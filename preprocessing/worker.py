@@ -6,16 +6,22 @@ import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.cli import DataError
 from preprocessing.geometry import cut_stack
+from preprocessing.masks import drop_stray_pieces, read_mask
+from preprocessing.oblique import MOST_TILT_DEGREES, StraightGrid, measure_tilt
 from preprocessing.scans import Scan, name_scan
 from preprocessing.store import LoadedScan, read_scan, write_scan
-from preprocessing.volume import Volume, find_brain, read_mask, read_volume
+from preprocessing.volume import BRAIN_ML, Volume, find_brain, read_volume
 
 FORMAT = 3  # of what is written; raise it when the same scan would give other slices
+MASK_RULES = 2  # by which masks and brains are read; raise it when some scans would give other slices, but most not
+MOST_LESION = 0.5  # of the brain
+SPECK_ML = 1.0  # smaller stray pieces are not worth a word
 FOV_MM = {True: 200.0, False: 256.0}  # side of a slice, by whether the skull is off
 
 
@@ -27,12 +33,14 @@ class CutSettings:
     size    pixels along each side of a slice
     fov_mm  side of a slice in mm; None: 200 for brains, 256 for heads
     volume  which volume of a file with several, from 0
+    lesion_labels  the labels of a lesion mask that are lesion; None: all
     """
 
     keep: float
     size: int
     fov_mm: float | None = None
     volume: int | None = None
+    lesion_labels: tuple[int, ...] | None = None
 
 
 def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple[str, str]:
@@ -43,14 +51,25 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
         old = read_scan(folder)
         if old and all(old.record.get(key) == value for key, value in made_with.items()):
             return "unchanged", ""
-        loaded, volume = _cut(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
+        found = _find_brain(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
+        if scan.brain_mask and not BRAIN_ML[0] <= found.brain_ml <= BRAIN_ML[1]:
+            raise DataError(
+                f"{scan.brain_mask}: of {found.brain_ml:.0f} ml, which no brain has ({BRAIN_ML[0]} to {BRAIN_ML[1]} "
+                "ml); make the mask again or take it away"
+            )
+        loaded = _cut(scan.path, found, settings)
         record = {"scan": scan.name, "source": str(scan.path)}
-        lesion = None
+        warnings, lesion = list(loaded.warnings), None
         if scan.lesion_mask:
-            mask = read_mask(scan.lesion_mask, volume, scan.axes, scan.distrusted)
+            mask, odd = _read_lesion(scan, found, settings)
+            warnings += odd
+            if loaded.geometry.straight:
+                mask = loaded.geometry.straight.bring_mask(found.volume, mask)
             lesion = loaded.geometry.cut_mask(mask)
             # on the scan's own grid
             record["lesion_voxels"] = mask.sum(axis=(0, 1))[list(loaded.geometry.slices)].tolist()
+        if warnings:
+            record["warnings"] = warnings
         geometry = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
         try:
             write_scan(folder, loaded.stack, lesion, record | made_with | geometry)
@@ -73,30 +92,86 @@ def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: s
     axes  where the stored axes point to, for a file whose header does not say; a header that does is believed
     """
     try:
-        return _cut(path, brain_mask, settings)[0]
+        return _cut(path, _find_brain(path, brain_mask, settings), settings)
     except DataError:
         if axes is None:
             raise
-    loaded = _cut(path, brain_mask, settings, axes)[0]
-    return replace(loaded, warnings=(f"its header does not give its orientation; {axes} is taken on trust",))
+    loaded = _cut(path, _find_brain(path, brain_mask, settings, axes), settings)
+    taken = f"its header does not give its orientation; {axes} is taken on trust"
+    return replace(loaded, warnings=(taken, *loaded.warnings))
 
 
-def _cut(
+class _Brain(NamedTuple):
+    """A volume, its brain (X, Y, Z) bool, whether the skull is off, and what was not plain, in words."""
+
+    volume: Volume
+    inside: np.ndarray
+    skull_off: bool
+    warnings: list[str]
+
+    @property
+    def brain_ml(self) -> float:
+        return float(np.count_nonzero(self.inside) * np.prod(self.volume.spacing_mm) / 1000)
+
+
+def _find_brain(
     path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
-) -> tuple[LoadedScan, Volume]:
-    volume = read_volume(path, axes, distrusted, settings.volume)
-    brain, skull_off = (read_mask(brain_mask, volume, axes, distrusted), True) if brain_mask else find_brain(volume)
-    if not brain.any():
+) -> _Brain:
+    volume, warnings = read_volume(path, axes, distrusted, settings.volume), []
+    if brain_mask:
+        skull_off = True
+        inside, how = read_mask(brain_mask, volume, axes, distrusted)
+        warnings += [f"its brain mask: {how}"] if how else []
+    else:
+        inside, skull_off = find_brain(volume)
+    if not inside.any():
         raise DataError(f"{path}: is the same everywhere, no brain is seen; convert it again from its source")
-    fov_mm = settings.fov_mm or FOV_MM[skull_off]
+    inside, stray = drop_stray_pieces(inside)
+    stray_ml = stray * np.prod(volume.spacing_mm) / 1000
+    if stray_ml >= SPECK_ML:
+        warnings.append(f"pieces apart from the brain were dropped ({stray_ml:.3g} ml)")
+    return _Brain(volume, inside, skull_off, warnings)
+
+
+def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
+    """The scan cut; one that lies oblique is brought to the anatomical axes first."""
+    volume, warnings, straight = found.volume, list(found.warnings), None
+    cut_from = volume, found.inside
+    if (tilt := measure_tilt(volume.affine)) > MOST_TILT_DEGREES:
+        straight = StraightGrid.around(volume, found.inside)
+        cut_from = straight.bring(volume, found.inside)
+        warnings.append(f"its axes are oblique, so it was resampled to the anatomical ones ({tilt:.0f} degrees)")
+    fov_mm = settings.fov_mm or FOV_MM[found.skull_off]
     try:
-        stack, geometry, scale = cut_stack(volume, brain, skull_off, settings.keep, settings.size, fov_mm)
+        stack, geometry, scale = cut_stack(*cut_from, found.skull_off, settings.keep, settings.size, fov_mm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    name = name_scan(path)
-    brain_ml = float(np.count_nonzero(brain) * np.prod(volume.spacing_mm) / 1000)
-    loaded = LoadedScan(name, "", name, str(path), stack, None, geometry, scale, skull_off, brain_ml=brain_ml)
-    return loaded, volume
+    own = {"shape": volume.shape, "affine": tuple(map(tuple, volume.affine.tolist())), "axes": volume.axes}
+    return LoadedScan(
+        name=name_scan(path),
+        label="",
+        subject=name_scan(path),
+        source=str(path),
+        stack=stack,
+        lesion=None,
+        geometry=replace(geometry, **own, straight=straight),
+        scale=scale,
+        skull_off=found.skull_off,
+        brain_ml=found.brain_ml,
+        warnings=tuple(warnings),
+    )
+
+
+def _read_lesion(scan: Scan, found: _Brain, settings: CutSettings) -> tuple[np.ndarray, list[str]]:
+    """(the scan's lesion mask, what is odd about it); DataError where it can be no lesion of this brain."""
+    mask, how = read_mask(scan.lesion_mask, found.volume, scan.axes, scan.distrusted, settings.lesion_labels)
+    share = np.count_nonzero(mask & found.inside) / np.count_nonzero(found.inside)
+    if not share:
+        raise DataError(f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
+    warnings = [f"its lesion mask: {how}"] if how else []
+    if share > MOST_LESION:
+        warnings.append(f"its lesion mask covers most of the brain; is it one ({share:.0%})")
+    return mask, warnings
 
 
 def _describe(scan: Scan, settings: CutSettings) -> dict:
@@ -114,6 +189,8 @@ def _describe(scan: Scan, settings: CutSettings) -> dict:
         "size": settings.size,
         "volume": settings.volume,
         "axes_rule": [scan.axes, scan.distrusted],
+        "mask_rules": MASK_RULES,
+        "lesion_labels": list(settings.lesion_labels) if settings.lesion_labels and scan.lesion_mask else None,
     }
 
 

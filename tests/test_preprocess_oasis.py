@@ -36,6 +36,12 @@ def save(path, values=None):
     return path
 
 
+def save_lesion(tree, name="c_lesion.nii"):
+    lesion = np.zeros(HEAD.shape, np.uint8)
+    lesion[6:9, 8:11, 7:10] = 1
+    return save(tree / "raw/test/masks" / name, lesion)
+
+
 @pytest.fixture
 def tree(tmp_path):
     """Three scans in a split/label tree."""
@@ -49,6 +55,7 @@ def tree(tmp_path):
 
 def test_a_dry_run_lists_every_scan_and_writes_nothing(tree, capsys):
     save(tree / "raw/test/masks/c_brain.nii", (HEAD.get_fdata() > 0).astype(np.uint8))
+    save_lesion(tree)
     for name in ("a", "b"):
         split = {"a": "train", "b": "val"}[name]
         save(tree / f"raw/{split}/masks/{name}_brain.nii", (HEAD.get_fdata() > 0).astype(np.uint8))
@@ -142,6 +149,7 @@ def test_bad_scans_are_named_and_the_others_are_done(tree, capsys):
 
 
 def test_quiet_and_json_print_nothing_else(tree, capsys):
+    save_lesion(tree)
     assert run(tree / "raw", tree / "out", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     assert run(tree / "raw", tree / "out", "--json") == 0
@@ -315,13 +323,60 @@ def test_one_name_under_both_labels_is_two_scans(tree, capsys):
 
 
 def test_heads_with_and_without_skull_are_refused_and_do_not_mix(tree):
-    box = np.zeros(HEAD.shape, np.float32)
-    box[1:-1, 1:-1, 1:-1] = np.random.default_rng(0).uniform(300, 600, np.subtract(box.shape, 2))  # 3.9 l: no brain
-    save(tree / "raw/train/normal/skull_T1w.nii", box)
+    large = nib.Nifti1Image(HEAD.get_fdata(), HEAD.affine @ np.diag([1.4, 1.4, 1.4, 1]))  # 3.4 l: no brain
+    nib.save(large, tree / "raw/train/normal/skull_T1w.nii")
     with pytest.raises(DataError, match=r"3 scans have their skull off and 1 do not.*skull_T1w$"):
         run(tree / "raw", tree / "out")
     with pytest.raises(DataError, match="skull_off"):
         check_same_settings(list(list_scans(tree / "out")))
+
+
+def test_abnormal_scans_without_a_lesion_mask_and_masks_without_a_scan_are_named(tree, capsys):
+    assert run(tree / "raw", tree / "out", "--quiet") == 0
+    err = capsys.readouterr().err
+    assert "1 abnormal scans have no lesion mask: c_T1w; " in err
+    save_lesion(tree)
+    for name in ("d_lesion.nii", "a_lesion.nii", "odd.nii"):
+        save_lesion(tree, name)
+    for dry in ([], ["--dry-run"]):
+        assert run(tree / "raw", tree / "out", "--quiet", *dry) == 0
+        err = capsys.readouterr().err
+        assert "no lesion mask" not in err
+        assert "3 masks belong to no scan that can have them: a_lesion.nii, d_lesion.nii, odd.nii" in err
+
+
+def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, capsys):
+    values = HEAD.get_fdata()
+    values[1, 1, 1] = 500  # apart from the brain
+    for place in ("train/normal/a_T1w.nii", "val/normal/b_T1w.nii"):
+        save(tree / "raw" / place, values)
+    soft = np.zeros(HEAD.shape, np.float32)
+    soft[6:9, 8:11, 7:10] = 100
+    soft[9, 8:11, 7:10] = np.linspace(0.5, 60, 9).reshape(3, 3)
+    save(tree / "raw/test/masks/c_lesion.nii", soft)
+    for _ in range(2):
+        assert run(tree / "raw", tree / "out", "--quiet") == 0
+        err = capsys.readouterr().err.splitlines()
+        assert "2 scans: pieces apart from the brain were dropped: a_T1w (1.33 ml), b_T1w (1.33 ml)" in err
+        assert "1 scans: its lesion mask: soft, and cut at one half: c_T1w (0 to 100, cut at 50)" in err
+
+
+def test_lesion_labels_are_picked(tree, capsys):
+    labels = np.zeros(HEAD.shape, np.int16)
+    labels[6:9, 8:11, 7:9], labels[6:9, 8:11, 9], labels[6:9, 8:11, 10] = 1, 2, 4
+    save(tree / "raw/test/masks/c_lesion.nii", labels)
+
+    def count(*flags):
+        assert run(tree / "raw", tree / "out", "--keep", "1", *flags) == 0
+        return sum(next(list_scans(tree / "out/test")).record["lesion_voxels"])
+
+    assert count() == 36
+    assert "its lesion mask: all its labels are taken: c_T1w (1, 2, 4)" in capsys.readouterr().err
+    assert count("--lesion-labels", "1", "4") == 27
+    assert "lesion mask" not in capsys.readouterr().err
+    assert count("--lesion-labels", "2") == 9
+    assert run(tree / "raw", tree / "out", "--lesion-labels", "7") == 3
+    assert "c_lesion.nii: holds none of the labels 7; it has 1, 2, 4" in capsys.readouterr().err
 
 
 def test_the_second_process_in_a_store_is_refused(tree):
@@ -372,7 +427,7 @@ def test_defaults_and_limits_of_flags():
     args = parse([])
     assert (args.keep, args.size, args.fov_mm, args.seed, args.modality) == (0.7, 128, None, 0, "t1")
     assert args.split == [0.8, 0.1, 0.1]
-    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "0.1", "--workers", "1", "--volume", "0", "--axes", "asl"])
+    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "100", "--workers", "1", "--volume", "0", "--axes", "asl"])
     assert (args.keep, args.size, args.axes) == (1, 16, "ASL")
 
 

@@ -82,7 +82,7 @@ def make_content(**changes) -> dict:
 
 def make_row(scan: str, score: float, label: str = "normal", **more) -> dict:
     row = {"label": label, "scan": scan, "subject": f"sub-{scan}", "score": score, "p_value": 0.5, "flagged": False}
-    return row | {"age": None, "sex": None} | more
+    return row | {"lesion_known": True, "age": None, "sex": None} | more
 
 
 def make_region(scan: str, volume_ml: float, label: str = "normal") -> dict:
@@ -135,6 +135,25 @@ def test_rows_stand_by_falling_score(tmp_path):
     heads = [head["text"] for head in page.heads if "data-first" in head]
     assert heads == ["scan", "label", "score", "p", "flagged", "worst slice", "regions", "largest, ml"]
     assert [head["text"] for head in page.heads if head.get("aria-sort")] == ["score"]
+
+
+def test_abnormal_scans_without_a_lesion_mask_are_named_before_the_figures(tmp_path):
+    scans = [make_row(f"p{i}", 1.0, "abnormal", lesion_known=i > 13) for i in range(15)]
+    page = make_page(tmp_path, scans)
+    assert "14 abnormal scans have no lesion mask, so they count in no figure of voxels or slices: p0, p1," in page.text
+    assert "p11 and 2 more." in page.text
+    assert "no lesion mask" not in make_page(tmp_path, scans[14:]).text
+
+
+def test_what_was_not_plain_in_a_scan_stands_with_it(tmp_path):
+    results = Results({})
+    results.scans = [make_row("a", 1.0), make_row("b", 2.0)]
+    results.slices = [{"label": "normal", "scan": name, "slice": 7, "score": 1} for name in "ab"]
+    results.warnings["normal", "a"] = ("its axes are <oblique>",)
+    write_report(tmp_path, make_content(), results, {}, {})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("its axes are &lt;oblique&gt;") == 1
+    assert page.index("its axes are") > page.index('id="detail-1"'), "b has the higher score"
 
 
 def test_age_and_sex_have_columns_where_somebodys_is_known(tmp_path):

@@ -24,6 +24,7 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
         tmp_path / "test/masks/c_T1w_brain.nii.gz",
         tmp_path / "test/masks/c_lesion.nii.gz",
         tmp_path / "test/masks/d_lesion.nii",
+        tmp_path / "test/masks/gone_lesion.nii",
         tmp_path / "test/masks/d_T1w_brain.nii.gz",
         tmp_path / "test/masks/d2_brain.nii",
         tmp_path / "elsewhere/e_T1w.nii",
@@ -43,7 +44,25 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
     }
     assert found.scans[0].path.relative_to(tmp_path).as_posix() == "train/normal/a_T1w.nii.gz"
     assert {scan.subject for scan in found.scans} == {"a", "b", "c", "d", "d2"}
-    assert found.refused == found.left_out == []
+    assert found.refused == []
+    assert found.left_out == [
+        (str(tmp_path / "test/masks/c_lesion.nii.gz"), "a lesion mask, but its scan is normal"),
+        (str(tmp_path / "test/masks/gone_lesion.nii"), "a mask of no scan here"),
+    ]
+
+
+def test_masks_in_a_tree_go_by_the_names_that_tools_give_them(tmp_path):
+    brains = ("_brain_mask", "_T1w_brain", "_bet_mask", "_brainmask")
+    lesions = ("_lesion_mask", "_T1w_lesion", "_label-lesion_roi", "_seg")
+    for number, (brain, lesion) in enumerate(zip(brains, lesions, strict=True)):
+        scan = tmp_path / f"test/abnormal/p{number}_T1w.nii"
+        touch(scan, *(tmp_path / f"test/masks/p{number}{end}.nii" for end in (brain, lesion)))
+    found = search(tmp_path)
+    assert [(scan.brain_mask.stem, scan.lesion_mask.stem) for scan in found.scans] == [
+        (f"p{number}{brain}", f"p{number}{lesion}")
+        for number, (brain, lesion) in enumerate(zip(brains, lesions, strict=True))
+    ]
+    assert found.left_out == []
 
 
 def test_masks_beside_a_scan_count_where_the_tree_has_none(tmp_path):

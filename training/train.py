@@ -23,7 +23,17 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import (
+    SEED,
+    DataError,
+    HelpFormatter,
+    bounded,
+    list_flags,
+    log,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
 from common.device import add_device_flag, choose_device, choose_precision, fits_in_memory, keep_freed_memory
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
@@ -107,7 +117,9 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     """Train one run to its end, from the start or from where it was."""
     run = args.run
     scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
-    config["network"]["size"] = scans[0][0].size
+    size = config["network"]["size"] = scans[0][0].size
+    if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
+        raise DataError(f"--depth {config['network']['depth']}: slices of {size} pixels are no multiple of {coarsest}")
     config["train_subjects"], config["val_subjects"] = (sorted({scan.subject for scan in part}) for part in scans)
     with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
         state = distributed.broadcast(load_state(run, config) if distributed.is_main() else None)
@@ -163,19 +175,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed"), help="slices of preprocess_oasis.py")
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
-    parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
-    parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
-    parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
+    count = bounded(int, least=1)
+    parser.add_argument("--width", type=count, help="channels of the first level; left out: 64 for dae, 32 for cae")
+    parser.add_argument("--depth", type=bounded(int, least=1, most=6), default=3, help="levels of the dae")
+    parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
+        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
         "3000 for cae"
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument("--lr", type=bounded(above=0), default=1e-3, help="peak learning rate of Adam")
+    share = bounded(above=0, below=1)
     parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="share of subjects set aside without val/normal"
+        "--val-fraction", type=share, default=0.1, help="share of subjects set aside without val/normal"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and corruption")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, batches and corruption")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is measured faster"
@@ -195,15 +209,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End as wrong usage where a flag is out of range."""
-    for name in ("width", "depth", "latent", "steps", "batch_size", "lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is above 0")
-    if not 0 < args.val_fraction < 1:
-        parser.error("--val-fraction lies between 0 and 1")
-
-
 def configure(args: argparse.Namespace, device: torch.device) -> dict:
     """What decides the result of a run; its subjects and the size of its slices are added when they are known."""
     width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
@@ -219,7 +224,6 @@ def configure(args: argparse.Namespace, device: torch.device) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parse_flags(parser, argv)
-    check_flags(parser, args)
     device = choose_device(parser, args.device)
     set_up_logging(args.quiet)
     keep_freed_memory()
