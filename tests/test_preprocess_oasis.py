@@ -457,6 +457,6 @@ def test_flags_of_the_plan_reach_the_plan(tmp_path, capsys):
     assert dry_run(tmp_path, capsys, "--label", "normal", "--seed", "1") != plain
     assert "T2.nii" in dry_run(tmp_path, capsys, "--label", "normal", "--modality", "t2")[2]
     folder = dry_run(tmp_path, capsys, "--label", "normal", "--layout", "folder")
-    assert folder[0] == first.format("a folder of volumes", 20, 10, 20), "without a session each scan is one"
+    assert folder[0] == first.format("a folder of volumes", 10, 10, 10), "T1 is asked for"
     assert dry_run(tmp_path, capsys, *table)[0] == first.format("IXI", 1, 1, 1)
     assert dry_run(tmp_path, capsys, *table, "--blank-cdr", "normal")[0] == first.format("IXI", 10, 10, 10)
