@@ -62,7 +62,7 @@ def test_a_scan_comes_back_as_it_was_written(tmp_path):
     assert (scan.name, scan.label, scan.split, scan.subject, scan.size) == ("a_T1w", "abnormal", "test", "sub-a", 16)
     assert list(scan.indices) == [7, 8, 9, 10, 11]
     assert scan.record == RECORD
-    assert scan.source_hash == "0123456789abcdef" * 2
+    assert scan.hashes == ("0123456789abcdef" * 2,)
     np.testing.assert_array_equal(scan.read_stack(), STACK)
     np.testing.assert_array_equal(scan.read_lesion(), LESION > 0)
     assert scan.read_lesion().dtype == bool
@@ -118,7 +118,7 @@ def test_a_scan_written_again_replaces_all_of_the_old_one(tmp_path):
     put(tmp_path)
     put(tmp_path, "test/normal/a_T1w", lesion=None)
     assert (tmp_path / "test/masks/a_T1w").is_dir(), "a normal scan of that name has no say in it"
-    scan = put(tmp_path, stack=STACK[:2], lesion=None, slices=[3, 4])
+    scan = put(tmp_path, stack=STACK[:2], lesion=None, slices=[3, 4], lesion_voxels=[0, 1])
     assert sorted(path.name for path in scan.folder.iterdir()) == ["scan.json", "slice_003.npy", "slice_004.npy"]
     assert scan.read_lesion() is None
     assert not (tmp_path / "test/masks/a_T1w").exists()

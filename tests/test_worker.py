@@ -54,7 +54,7 @@ def test_a_scan_becomes_slices_a_lesion_and_a_record(scan):
         for path in (scan.path, scan.brain_mask, scan.lesion_mask)
     }
     assert record["sources"] == hashes
-    assert stored.source_hash == hashes["a_T1w.nii"][:32]
+    assert stored.hashes == (record["content"], hashes["a_T1w.nii"][:32])
     known = {"scan": "a_T1w", "source": str(scan.path), "subject": "a", "session": "s1", "age": 70.0, "sex": "F"}
     made_with = {"format": 3, "keep": 0.7, "size": 32, "fov_mm": None, "volume": None, "axes_rule": [None, None]}
     place = {"shape": [20, 24, 22], "axes": "RAS", "pixel_mm": 6.25, "spacing_mm": [8, 8, 8], "skull_off": True}
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_other_scans_and_nothing_half_written(scan, monke
     monkeypatch.setattr(Path, "write_bytes", fill_up)
     state, why = run(other)
     assert state == "skipped"
-    assert "b_T1w: cannot be written ([Errno 28] No space left on device); free some space" in why
+    assert "b_T1w: cannot be written (No space left on device; free some space; the same command goes on)" in why
     out = scan.path.parent / "out/test"
     assert [path.name for path in (out / "abnormal").iterdir()] == ["a_T1w"]
     assert [path.name for path in (out / "masks").iterdir()] == ["a_T1w"]

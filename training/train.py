@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import DataError, HelpFormatter, explain, list_flags, log, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, choose_precision, fits_in_memory, keep_freed_memory
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import load_checkpoint
-from preprocessing.cohort import refuse_leaks
+from preprocessing.cohort import refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from training.dataset import SliceDataset
 from training.trainer import Trainer
@@ -58,12 +58,9 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         held_out = set(np.random.default_rng(seed).permutation(subjects)[:count])
         validation = [scan for scan in train if scan.subject in held_out]
         train = [scan for scan in train if scan.subject not in held_out]
-    test = list_scans(data / "test")
-    refuse_leaks(
-        (scan.subject, split, str(scan.folder))
-        for split, scans in (("train", train), ("val", validation), ("test", test))
-        for scan in scans
-    )
+    splits = {"train": train, "val": validation, "test": list(list_scans(data / "test"))}
+    refuse_leaks((scan.subject, split, str(scan.folder)) for split, scans in splits.items() for scan in scans)
+    refuse_copies((split, scan) for split, scans in splits.items() for scan in scans)
     check_same_settings(train + validation)
     return train, validation
 
@@ -124,8 +121,8 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
                 trainer.finish()
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
-                f"{run}: cannot be written ({error}); free some space or give another --run; last.pt is whole, "
-                "the same command goes on from it"
+                f"{error.filename or run}: cannot be written ({explain(error)}), or give another --run; last.pt is "
+                "whole where there is one"
             ) from error
         best = trainer.best
         log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
