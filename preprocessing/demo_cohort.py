@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from common.cli import DataError, HelpFormatter, log, run_script, set_up_logging
-from common.files import write_atomically
+from common.files import replace_when_whole, write_atomically
 from preprocessing.simulator import KINDS, Template, load_template, simulate_scan
 
 DESCRIPTION = "simulated from the MNI152 template"
@@ -84,9 +83,8 @@ def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, orientation:
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = DESCRIPTION
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".part-{path.name}")
-    nib.save(image, unfinished)
-    os.replace(unfinished, path)
+    with replace_when_whole(path) as partial:
+        nib.save(image, partial)
 
 
 def save_text(path: Path, text: str) -> None:

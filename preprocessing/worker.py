@@ -15,6 +15,7 @@ from preprocessing.store import LoadedScan, StoredScan, change_record, read_scan
 from preprocessing.volume import Volume, find_brain, read_mask, read_volume
 
 FORMAT = 3  # of what is written; raise it when the same scan would give other slices
+MOST_NAME_BYTES = 200  # a file system takes 255, and files that are made of a scan have longer names
 FOV_MM = {True: 200.0, False: 256.0}  # side of a slice, by whether the skull is off
 
 
@@ -40,6 +41,8 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
     Where its file can no longer be used, the slices that were made of it are taken out of the store.
     """
     folder = processed / scan.split / scan.label / scan.name
+    if len(scan.name.encode()) > MOST_NAME_BYTES:
+        return "skipped", f"{scan.path}: its name takes more than {MOST_NAME_BYTES} bytes; give it a shorter one"
     try:
         made_with = _describe(scan, settings)
         old = _find_old(folder, made_with)
