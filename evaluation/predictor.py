@@ -16,7 +16,7 @@ from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, sc
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
 from models.checkpoint import load_model
-from preprocessing.store import LoadedScan
+from preprocessing.store import LoadedScan, check_settings
 
 DETECTORS = {
     "score": "anomaly map of the model",
@@ -92,14 +92,19 @@ class Predictor:
                 f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
                 "calibrates where last.pt is whole"
             )
-        return cls(
-            model=model.to(memory_format=torch.channels_last),
-            calibration=Calibration.from_state(content["calibration"]).to(device),
-            slices=content["slices"],
-            seen=frozenset(content["seen"]),
-            precision=PRECISIONS[content["precision"]],
-            **options,
-        )
+        try:
+            check_settings(content["slices"])
+            return cls(
+                model=model.to(memory_format=torch.channels_last),
+                calibration=Calibration.from_state(content["calibration"]).to(device),
+                slices=content["slices"],
+                seen=frozenset(content["seen"]),
+                precision=PRECISIONS[content["precision"]],
+                **options,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{model_path}: does not hold a model of this version ({reason}); train again") from error
 
     def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
         """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it."""

@@ -85,7 +85,7 @@ def write_report(
         files={name: words for name, words in FILES.items() if (out / name).exists() or name == "metrics.json"},
         viewers={places[key]: page for key, page in viewers.items()},
     )
-    write_atomically(out / "report.html", page.encode())
+    write_atomically(out / "report.html", page.encode(errors="backslashreplace"))
 
 
 def embed(path: Path) -> str:

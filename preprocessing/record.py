@@ -37,6 +37,18 @@ def read_record(folder: Path) -> dict:
     return record
 
 
+def find_wrong_settings(record: dict) -> str:
+    """Which of `store.SAME_SETTINGS` cannot be true, in words; "" where nothing is found."""
+    wrong = {
+        "size": not (type(record["size"]) is int and 1 <= record["size"] <= MOST_SIZE),
+        "format": type(record["format"]) is not int,
+        "skull_off": not isinstance(record["skull_off"], bool),
+        "keep": not _lies_in(record["keep"], 1e-9, 1),
+        "pixel_mm": not _lies_in(record["pixel_mm"], *PIXEL_MM),
+    }
+    return _name_first(wrong, record)
+
+
 def find_wrong(record: dict) -> str:
     """What in a record cannot be true, in words; "" where nothing is found. Raises what broken types raise."""
     wrong = {
@@ -46,21 +58,16 @@ def find_wrong(record: dict) -> str:
         "session": not isinstance(record.get("session") or "", str),
         "age": record.get("age") is not None and not _lies_in(record["age"], 0, OLDEST),
         "sex": record.get("sex") not in (None, "F", "M"),
-        "size": not (type(record["size"]) is int and 1 <= record["size"] <= MOST_SIZE),
-        "keep": not _lies_in(record["keep"], 1e-9, 1),
-        "format": type(record["format"]) is not int,
-        "skull_off": not isinstance(record["skull_off"], bool),
         "shape": not _is_shape(record["shape"]),
         "spacing_mm": not (_are_numbers(record["spacing_mm"], 3) and _lie_in(record["spacing_mm"], *SPACING_MM)),
-        "pixel_mm": not _lies_in(record["pixel_mm"], *PIXEL_MM),
         "affine": not _is_affine(record["affine"]),
         "axes": record["axes"] not in AXES,
         "centre": not _are_numbers(record["centre"], 2),
         "scale": not _are_numbers(record.get("scale", [0, 1, 1]), 3),
-    }  # in this order: what follows relies on it
-    name = next((name for name, is_wrong in wrong.items() if is_wrong), "")
-    if name:
-        return f"{name} is {str(record[name])[:60]}"
+    }
+    found = find_wrong_settings(record) or _name_first(wrong, record)
+    if found:
+        return found
     slices, depth = record["slices"], Geometry.from_record(record).canonical_shape[2]
     if not (
         isinstance(slices, list)
@@ -77,6 +84,11 @@ def find_wrong(record: dict) -> str:
     ):
         return f"lesion_voxels are not {len(slices)} counts"
     return ""
+
+
+def _name_first(wrong: dict[str, bool], record: dict) -> str:
+    name = next((name for name, is_wrong in wrong.items() if is_wrong), "")
+    return f"{name} is {str(record.get(name))[:60]}" if name else ""
 
 
 def _names_a_source(record: dict) -> bool:

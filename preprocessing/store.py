@@ -25,7 +25,7 @@ import numpy as np
 from common.cli import DataError, log
 from common.files import make_folder, open_regular, replace_when_whole
 from preprocessing.geometry import Geometry, Scale
-from preprocessing.record import read_record
+from preprocessing.record import find_wrong_settings, read_record
 from preprocessing.scans import LABELS, SPLITS
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
@@ -243,6 +243,13 @@ def withdraw(folder: Path) -> Path:
             make_folder(new.parent, processed)
             os.rename(source, new)
     return target
+
+
+def check_settings(settings: dict) -> None:
+    """ValueError where a model's record of its training slices' settings cannot be true."""
+    wrong = find_wrong_settings(settings)
+    if wrong:
+        raise ValueError(f"its slices' {wrong}")
 
 
 def check_same_settings(scans: list[StoredScan], like: dict | None = None) -> dict:

@@ -19,6 +19,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import numpy as np
 import torch
 
@@ -35,6 +40,7 @@ from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+NO_STATE = "holds no state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
@@ -79,7 +85,9 @@ def load_state(run: Path, config: dict) -> dict | None:
     if not (run / "last.pt").exists():
         return None
     state = load_checkpoint(run / "last.pt")
-    kept = state["config"]
+    kept = state.get("config")
+    if not isinstance(kept, dict):
+        raise DataError(f"{run / 'last.pt'}: {NO_STATE}")
     changed = [key for key in config if kept.get(key) != config[key] and (key, config[key]) != ("precision", "auto")]
     if changed:
         changed = ", ".join(changed)
@@ -114,7 +122,10 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
         try:
             trainer = start(config, args, scans, device)
             if state:
-                trainer.resume(state)
+                try:
+                    trainer.resume(state)
+                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise DataError(f"{run / 'last.pt'}: {NO_STATE}") from error
                 log.info("resuming at step %d of %d", trainer.step, config["steps"])
             trainer.fit()
             if distributed.is_main():
