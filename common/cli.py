@@ -21,7 +21,7 @@ from typing import NoReturn
 import yaml
 from tqdm import tqdm
 
-from common.interrupts import STOPPED
+from common.interrupts import SIGNALS, STOPPED
 
 NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they change nothing that is left on disk
 
@@ -144,7 +144,7 @@ def read_axes(text: str) -> str:
 
 
 def _handle_signals(handler) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 

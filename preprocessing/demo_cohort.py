@@ -15,7 +15,7 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.interrupts import stop_in_one_line
+from common.interrupts import shield_workers, stop_in_one_line
 
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
@@ -152,7 +152,8 @@ def make_cohort(raw: Path, settings: CohortSettings, workers: int = 1) -> tuple[
     if missing:
         template = load_template(settings.voxel_size_mm)
         jobs = (delayed(make_scan)(template, place, settings) for place in missing)
-        made = Parallel(n_jobs=workers, return_as="generator")(jobs)
+        with shield_workers():
+            made = Parallel(n_jobs=workers, return_as="generator")(jobs)
         for _ in tqdm(made, total=len(missing), unit="scan", disable=None):
             pass
     rows = ["scan,kind,volume_ml"]

@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.interrupts import stop_in_one_line
+from common.interrupts import shield_workers, stop_in_one_line
 
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
@@ -142,9 +142,10 @@ def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str,
     settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume)
     results = []
     with _work_on(args.dask):
-        running = Parallel(n_jobs=args.workers, return_as="generator")(
-            delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
-        )
+        with shield_workers():
+            running = Parallel(n_jobs=args.workers, return_as="generator")(
+                delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
+            )
         for state, why in tqdm(running, "preprocessing", len(scans), unit="scan", disable=args.quiet or None):
             if state == "skipped":
                 log.warning("skipped %s", why)
