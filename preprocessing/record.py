@@ -61,27 +61,19 @@ def find_wrong(record: dict) -> str:
         "shape": not _is_shape(record["shape"]),
         "spacing_mm": not (_are_numbers(record["spacing_mm"], 3) and _lie_in(record["spacing_mm"], *SPACING_MM)),
         "affine": not _is_affine(record["affine"]),
-        "axes": record["axes"] not in AXES,
+        "axes": not (isinstance(record["axes"], str) and record["axes"] in AXES),
         "centre": not _are_numbers(record["centre"], 2),
-        "scale": not _are_numbers(record.get("scale", [0, 1, 1]), 3),
+        "slices": not (_are_counts(record["slices"]) and record["slices"]),
+        "scale": not _are_numbers(record["scale"], 3),
     }
     found = find_wrong_settings(record) or _name_first(wrong, record)
     if found:
         return found
     slices, depth = record["slices"], Geometry.from_record(record).canonical_shape[2]
-    if not (
-        isinstance(slices, list)
-        and slices
-        and all(type(index) is int for index in slices)
-        and all(low < high for low, high in zip([-1, *slices], [*slices, depth], strict=True))
-    ):
+    if not all(low < high for low, high in zip([-1, *slices], [*slices, depth], strict=True)):
         return f"slices are not rising numbers below {depth}"
     lesion = record.get("lesion_voxels")
-    if lesion is not None and not (
-        isinstance(lesion, list)
-        and len(lesion) == len(slices)
-        and all(type(count) is int and 0 <= count <= MOST_VOXELS for count in lesion)
-    ):
+    if lesion is not None and not (_are_counts(lesion) and len(lesion) == len(slices)):
         return f"lesion_voxels are not {len(slices)} counts"
     return ""
 
@@ -93,8 +85,8 @@ def _name_first(wrong: dict[str, bool], record: dict) -> str:
 
 def _names_a_source(record: dict) -> bool:
     """Whether `sources` has the hash of the file that `source` names."""
-    sources = record["sources"]
-    return isinstance(sources[Path(record["source"]).name], str) and all(isinstance(one, str) for one in sources)
+    source, sources = record["source"], record["sources"]
+    return isinstance(source, str) and isinstance(sources, dict) and isinstance(sources.get(Path(source).name), str)
 
 
 def _lies_in(value, low: float, high: float) -> bool:
@@ -111,6 +103,10 @@ def _are_numbers(values, count: int) -> bool:
         and len(values) == count
         and all(type(value) in (int, float) and math.isfinite(value) for value in values)
     )
+
+
+def _are_counts(values) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MOST_VOXELS for value in values)
 
 
 def _is_shape(shape) -> bool:
