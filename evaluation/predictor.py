@@ -94,6 +94,8 @@ class Predictor:
             )
         try:
             check_settings(content["slices"])
+            if content["calibration"]["intensity"].shape[-1] != content["slices"]["size"]:
+                raise ValueError("its calibration is of slices of another size")
             return cls(
                 model=model.to(memory_format=torch.channels_last),
                 calibration=Calibration.from_state(content["calibration"]).to(device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 from collections.abc import Iterator
@@ -112,10 +113,14 @@ def _check_start(path: Path) -> None:
 
 def _read_start(path: Path) -> bytes:
     """The first HEADER_BYTES of a file's content."""
-    with open_regular(path) as file:
-        if path.name.lower().endswith((".gz", ".mgz")):
-            return isal_zlib.decompressobj(31).decompress(file.read(CHUNK), HEADER_BYTES)
-        return file.read(HEADER_BYTES)
+    if not path.name.lower().endswith((".gz", ".mgz")):
+        with open_regular(path) as file:
+            return file.read(HEADER_BYTES)
+    start = b""
+    with contextlib.closing(_unpack(path)) as pieces:
+        while len(start) < HEADER_BYTES and (piece := next(pieces, None)) is not None:
+            start += piece
+    return start[:HEADER_BYTES]
 
 
 def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, int], int, int]:

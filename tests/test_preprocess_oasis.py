@@ -1,5 +1,6 @@
 """The script brings folders of scans into the store: what it says, what it leaves, and how it goes on."""
 
+import gzip
 import json
 import shutil
 import zlib
@@ -360,3 +361,71 @@ def test_no_scheduler_is_one_line(tree):
     pytest.importorskip("distributed")
     with pytest.raises(DataError, match="no Dask scheduler answers"):
         run(tree / "raw", tree / "out", "--dask", "nowhere")
+
+
+# Scans that are gone or twice there.
+
+
+def test_a_scan_that_was_withdrawn_is_said_and_out_of_use(tree, capsys):
+    gone = save(tree / "raw/train/normal/gone_T1w.nii")
+    assert run(tree / "raw", tree / "out") == 0
+    gone.unlink()
+    capsys.readouterr()
+    assert run(tree / "raw", tree / "out", "--dry-run") == 0
+    assert (
+        f"would take {tree}/out/train/normal/gone_T1w out of use: {gone} is no longer taken" in capsys.readouterr().err
+    )
+    assert "gone_T1w" in read_places(tree / "out")
+    assert run(tree / "raw", tree / "out") == 0
+    place = tree / "out/.withdrawn/train/normal/gone_T1w"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{gone}: is no longer taken; its slices are out of use, they lie in {place}"
+    ]
+    assert read_places(tree / "out") == {"a_T1w": "train/normal", "b_T1w": "val/normal", "c_T1w": "test/abnormal"}
+    assert read_record(tree / "out")["scans"]["train/normal"] == 1
+    assert (place / "scan.json").exists()
+    assert run(tree / "raw", tree / "out") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_scans_of_another_folder_stay_in_use(tree):
+    save(tree / "more/train/normal/d_T1w.nii")
+    run(tree / "raw", tree / "out")
+    run(tree / "more", tree / "out")
+    assert set(read_places(tree / "out")) == {"a_T1w", "b_T1w", "c_T1w", "d_T1w"}
+
+
+def test_a_copy_on_the_other_side_is_refused(tree):
+    content = (tree / "raw/train/normal/a_T1w.nii").read_bytes()
+    copy = tree / "raw/test/normal/other_T1w.nii.gz"
+    copy.parent.mkdir()
+    copy.write_bytes(gzip.compress(content))
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds the same scan as") as error:
+            run(tree / "raw", tree / "out")
+        assert str(copy) in str(error.value)
+        assert "raw/train/normal/a_T1w.nii" in str(error.value)
+    copy.unlink()
+    assert run(tree / "raw", tree / "out") == 0
+
+
+def test_a_folder_that_is_not_the_stores_loses_nothing(tree):
+    """The store in a folder with other things in it, a link among them that leads outside."""
+    out = tree / "home"
+    for name in (".venv.old", ".cache.partial", "train/.git.old", "masks"):
+        (out / name).mkdir(parents=True)
+        (out / name / "kept").touch()
+    (out / "test").symlink_to(tree / "raw")
+    assert run(tree / "raw", out) == 3
+    assert len(list(out.rglob("kept"))) == 4
+    assert not (tree / "raw/abnormal").exists()
+    assert set(read_places(out)) == {"a_T1w", "b_T1w"}
+
+
+def test_a_bad_record_takes_nothing_else_out(tree):
+    run(tree / "raw", tree / "out")
+    record = tree / "out/train/normal/a_T1w/scan.json"
+    whole = record.read_bytes()
+    record.write_text('{"shape": [5000, 5000, 5000]}')
+    assert run(tree / "raw", tree / "out") == 0
+    assert record.read_bytes() == whole

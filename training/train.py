@@ -132,8 +132,8 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
                 trainer.finish()
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
-                f"{error.filename or run}: cannot be written ({explain(error)}), or give another --run; last.pt is "
-                "whole where there is one"
+                f"{error.filename or run}: cannot be written ({explain(error)}); last.pt is whole where there is one, "
+                "or give another --run"
             ) from error
         best = trainer.best
         log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
