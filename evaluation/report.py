@@ -7,6 +7,7 @@ only the files listed at its end lie beside it.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 import warnings
@@ -118,7 +119,7 @@ def make_viewer(prediction: Prediction) -> str:
             cmap="inferno",
             symmetric_cmap=False,
             black_bg=True,
-            title=scan.name,
+            title=html.escape(scan.name),  # nilearn's page is no template of ours
         ).get_standalone()
     page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
     return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page
