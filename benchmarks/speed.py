@@ -21,6 +21,11 @@ from statistics import median
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import numpy as np
 import torch
 from torch.utils.benchmark import Timer

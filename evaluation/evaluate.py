@@ -15,6 +15,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 from common.cli import HelpFormatter, bounded, list_flags, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from evaluation.predictor import Predictor
@@ -22,7 +27,6 @@ from evaluation.single_scan import ScanFiles, predict_files
 from evaluation.test_set import TestSet, evaluate
 from preprocessing.images import parse_axes
 from preprocessing.layouts import ENDINGS
-from preprocessing.scans import name_scan
 
 EXAMPLE = """examples:
   python evaluation/evaluate.py --run runs/dae --data Dataset/processed/test --maps
@@ -81,8 +85,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for path in args.scan or ():
         if not path.name.lower().endswith(ENDINGS):
             parser.error(f"{path}: is no scan by its name; --scan takes {', '.join(ENDINGS)}")
-    if args.scan and len({name_scan(path) for path in args.scan}) < len(args.scan):
-        parser.error("--scan: two files have the same name; give them one at a time, each with its own --out")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,9 +33,14 @@ ORDERS = {
 FLIPS = {"": (), "upside down": (0,), "back to front": (1,), "upside down and back to front": (0, 1)}
 
 
+def is_seen(scan: StoredScan | LoadedScan, predictor: Predictor) -> bool:
+    """Whether the model was trained or calibrated on this scan, whatever its file is called."""
+    return not predictor.seen.isdisjoint(scan.hashes)
+
+
 def refuse_seen(scans: list[StoredScan], predictor: Predictor) -> None:
     """DataError where the model was trained or calibrated on one of the scans: it would score lower than a new one."""
-    seen = [scan for scan in scans if scan.source_hash in predictor.seen]
+    seen = [scan for scan in scans if is_seen(scan, predictor)]
     if seen:
         others = f", and on {len(seen) - 1} others of these" if seen[1:] else ""
         raise DataError(

@@ -16,7 +16,7 @@ from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, sc
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
 from models.checkpoint import load_model
-from preprocessing.store import LoadedScan
+from preprocessing.store import LoadedScan, check_settings
 
 DETECTORS = {
     "score": "anomaly map of the model",
@@ -93,17 +93,20 @@ class Predictor:
                 "calibrates where last.pt is whole"
             )
         try:
-            calibration = Calibration.from_state(content["calibration"]).to(device)
-        except DataError as error:
-            raise DataError(f"{model_path}: {error}") from error
-        return cls(
-            model=model.to(memory_format=torch.channels_last),
-            calibration=calibration,
-            slices=content["slices"],
-            seen=frozenset(content["seen"]),
-            precision=PRECISIONS[content["precision"]],
-            **options,
-        )
+            check_settings(content["slices"])
+            if content["calibration"]["intensity"].shape[-1] != content["slices"]["size"]:
+                raise ValueError("its calibration is of slices of another size")
+            return cls(
+                model=model.to(memory_format=torch.channels_last),
+                calibration=Calibration.from_state(content["calibration"]).to(device),
+                slices=content["slices"],
+                seen=frozenset(content["seen"]),
+                precision=PRECISIONS[content["precision"]],
+                **options,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{model_path}: does not hold a model of this version ({reason}); train again") from error
 
     def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
         """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it.

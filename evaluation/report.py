@@ -7,6 +7,7 @@ only the files listed at its end lie beside it.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 import warnings
@@ -87,7 +88,7 @@ def write_report(
         files={name: words for name, words in FILES.items() if (out / name).exists() or name == "metrics.json"},
         viewers={places[key]: page for key, page in viewers.items()},
     )
-    write_atomically(out / "report.html", page.encode())
+    write_atomically(out / "report.html", page.encode(errors="backslashreplace"))
 
 
 def list_notices(results: Results) -> list[str]:
@@ -132,7 +133,7 @@ def make_viewer(prediction: Prediction) -> str:
             cmap="inferno",
             symmetric_cmap=False,
             black_bg=True,
-            title=scan.name,
+            title=html.escape(scan.name),  # nilearn's page is no template of ours
         ).get_standalone()
     page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
     return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page

@@ -15,7 +15,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from common.cli import DataError
 from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
 
 TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
@@ -99,11 +98,18 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
-        """The calibration that `to_state` wrote, on the devices of its tensors. DataError where it holds no numbers."""
+        """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
         values = {name: state[key] for name, key in STATE_KEYS.items()}
+        size = values["intensity"].shape[-1]
+        shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
+        shapes |= {"texture_edges": (2, TEXTURE_BINS - 1), "texture_factor": (2, TEXTURE_BINS, TEXTURE_BINS)}
+        shapes |= {name: (values[name].numel(),) for name in ("scan_scores", "slice_scores")}
+        wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
+        if wrong:
+            raise ValueError(f"the calibration's {', '.join(wrong)} do not fit")
         for name, value in values.items():
             if not torch.as_tensor(value).isfinite().all():
-                raise DataError(f"its {name.replace('_', ' ')} is not of finite numbers; train again")
+                raise ValueError(f"its {name.replace('_', ' ')} is not of finite numbers")
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:

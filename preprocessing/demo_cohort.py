@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,11 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import shield_workers, stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import nibabel as nib
 import numpy as np
 from joblib import Parallel, delayed
@@ -23,7 +27,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from common.cli import SEED, DataError, HelpFormatter, bounded, log, run_script, set_up_logging
-from common.files import write_atomically
+from common.files import replace_when_whole, write_atomically
 from preprocessing.simulator import KINDS, Template, load_template, simulate_scan
 
 DESCRIPTION = "simulated from the MNI152 template"
@@ -84,9 +88,8 @@ def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, orientation:
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = DESCRIPTION
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".part-{path.name}")
-    nib.save(image, unfinished)
-    os.replace(unfinished, path)
+    with replace_when_whole(path) as partial:
+        nib.save(image, partial)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -149,7 +152,8 @@ def make_cohort(raw: Path, settings: CohortSettings, workers: int = 1) -> tuple[
     if missing:
         template = load_template(settings.voxel_size_mm)
         jobs = (delayed(make_scan)(template, place, settings) for place in missing)
-        made = Parallel(n_jobs=workers, return_as="generator")(jobs)
+        with shield_workers():
+            made = Parallel(n_jobs=workers, return_as="generator")(jobs)
         for _ in tqdm(made, total=len(missing), unit="scan", disable=None):
             pass
     rows = ["scan,kind,volume_ml"]

@@ -21,6 +21,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import shield_workers, stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import joblib
 import nibabel
 import numpy
@@ -34,19 +39,20 @@ from common.cli import (
     DataError,
     HelpFormatter,
     bounded,
+    explain,
     list_flags,
     log,
     parse_flags,
     run_script,
     set_up_logging,
 )
-from common.files import hold_folder, write_atomically
-from preprocessing.cohort import CohortRules, plan, refuse_mixture
+from common.files import hold_folder, read_json, write_atomically
+from preprocessing.cohort import CohortRules, find_withdrawn, plan, refuse_copies, refuse_mixture
 from preprocessing.images import parse_axes
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
 from preprocessing.scans import LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
-from preprocessing.store import StoredScan, clear_leftovers, list_scans
+from preprocessing.store import StoredScan, clear_leftovers, list_scans, withdraw
 from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
@@ -58,7 +64,7 @@ EXAMPLE = """examples:
 
 def preprocess(args: argparse.Namespace) -> int:
     """Bring all scans of a folder into the store; returns the exit code: 0, or 3 where scans were skipped."""
-    stored = list(list_scans(args.processed))
+    stored = list(list_scans(args.processed, refused=[]))  # those with a bad record are made again
     rules = CohortRules(
         layout=args.layout,
         modality=args.modality,
@@ -73,12 +79,21 @@ def preprocess(args: argparse.Namespace) -> int:
         axes=args.axes,
     )
     found = plan(args.raw, args.processed, rules, stored, _read_splits(args))
+    withdrawn = find_withdrawn(args.raw, found.scans, stored)
     describe(args, found, stored)
     if args.dry_run:
+        for old in withdrawn:
+            log.warning("would take %s out of use: %s is no longer taken", old.folder, old.record["source"])
         for _, why in found.refused:
             log.warning("would skip %s", why)
         return 3 if found.refused else 0
     with hold_folder(args.processed, "--processed"):
+        clear_leftovers(args.processed)
+        for old in withdrawn:
+            source = old.record["source"]
+            log.warning(
+                "%s: is no longer taken; its slices are out of use, they lie in %s", source, withdraw(old.folder)
+            )
         return write_slices(args, found)
 
 
@@ -140,7 +155,6 @@ def list_names(names: list[str]) -> str:
 
 def write_slices(args: argparse.Namespace, found: Search) -> int:
     """Bring the scans that were found into the store; returns the exit code."""
-    clear_leftovers(args.processed)
     was_cut_off = not _is_finished(args.processed)
     record = _begin_record(args, found)
     _write_record(args.processed, record)  # first, so that a run that is cut off goes on with the same splits
@@ -160,7 +174,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
         try:
             draw_contact_sheet(stored, args.processed)
         except OSError as error:
-            raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
+            raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({explain(error)})") from error
     warn_of_scans(stored)
     _write_record(args.processed, record)  # last: "scans" in it says that the rest is complete
     log.info(
@@ -168,6 +182,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
     )
     if not counts["done"] + counts["unchanged"]:
         raise DataError(f"{args.raw}: not one of its {len(skipped)} scans could be used; see the lines above")
+    refuse_copies((f"{old.split}/{old.label}", old) for old in stored)
     refuse_mixture("have their skull off", ((old.record.get("skull_off"), old.folder) for old in stored))
     return 3 if skipped else 0
 
@@ -178,9 +193,10 @@ def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str,
     settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels)
     results = []
     with _work_on(args.dask):
-        running = Parallel(n_jobs=args.workers, return_as="generator")(
-            delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
-        )
+        with shield_workers():
+            running = Parallel(n_jobs=args.workers, return_as="generator")(
+                delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
+            )
         for state, why in tqdm(running, "preprocessing", len(scans), unit="scan", disable=args.quiet or None):
             if state == "skipped":
                 log.warning("skipped %s", why)
@@ -230,14 +246,16 @@ def _read_old_record(processed: Path) -> dict | None:
     """`dataset.json` of an earlier run, None where there is none. Its splits become folders, so they are checked."""
     path = processed / "dataset.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "delete it")
         if not set(record["splits"].values()) <= set(SPLITS):
             raise ValueError(f"its splits are not {', '.join(SPLITS)}")
         record["flags"]["split"], record["flags"]["seed"]  # there or a KeyError
         return record
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it") from error
 
 
@@ -259,7 +277,7 @@ def _write_record(processed: Path, record: dict) -> None:
     try:
         write_atomically(path, json.dumps(record, indent=1).encode())
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); give another --processed") from error
+        raise DataError(f"{path}: cannot be written ({explain(error)})") from error
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

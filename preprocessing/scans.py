@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +56,12 @@ class Search(NamedTuple):
 
 def name_scan(path: Path) -> str:
     """`ID_T1w` for `.../ID_T1w.nii.gz`."""
-    return strip_ending(path.name)
+    return spell(strip_ending(path.name))
+
+
+def spell(name: str) -> str:
+    """A file's name as text: what is no UTF-8 in it, in the way of URLs."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", name)
 
 
 def search(
@@ -105,17 +112,41 @@ def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
 
 def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
     """The image files under a folder in order of path; each folder once, though links may lead to it in circles."""
+    return walk(folder, besides)[0]
+
+
+def walk(
+    folder: Path, besides: Path | None = None
+) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """(image files; those that are none but by their name, with why; folders that cannot be read, with why)."""
     seen = {os.path.realpath(besides)} if besides else set()
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    files, passed_over, closed = [], [], []
+
+    def note(error: OSError) -> None:
+        path = Path(error.filename)
+        closed.append((path, f"{path}: cannot be read ({error.strerror}), nor what is in it; allow access to it"))
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=note):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-    return sorted(files)
+        for path in (Path(place, name) for name in names if name.lower().endswith(ENDINGS) and name[0] != "."):
+            if _is_special(path):
+                passed_over.append((path, "no regular file"))
+            else:
+                files.append(path)
+    return sorted(files), sorted(passed_over), sorted(closed)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a fifo, a device or a socket, which reading may never end; a file that is lost is not."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
@@ -138,7 +169,8 @@ def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
 def _search_folder(
     folder: Path, layout: str | None, modality: str, besides: Path | None, pattern: str | None
 ) -> Search:
-    paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
+    files, passed_over, closed = walk(folder, besides)
+    paths = [path.relative_to(folder).as_posix() for path in files]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
     if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
@@ -151,11 +183,11 @@ def _search_folder(
     scans = [
         Scan(
             path=folder / one.path,
-            name=one.name,
+            name=spell(one.name),
             split="",
             label="",
-            subject=one.identity.subject,
-            session=one.identity.session,
+            subject=spell(one.identity.subject),
+            session=spell(one.identity.session),
             brain_mask=folder / one.brain_mask if one.brain_mask else None,
             lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
             axes=one.axes,
@@ -166,7 +198,8 @@ def _search_folder(
         for one in found
         if one.identity
     ]
-    return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], refused)
+    left_out = [(str(folder / path), why) for path, why in left_out] + [(str(path), why) for path, why in passed_over]
+    return Search(rules.name, scans, left_out, refused + [(str(path), why) for path, why in closed])
 
 
 def _search_split(raw: Path, split: str, modality: str, besides: Path | None, pattern: str | None) -> list[Search]:

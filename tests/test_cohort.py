@@ -1,17 +1,29 @@
 """Labels come from the tree, the flag or the table, splits go by subject, and nobody is ever on two sides."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import pytest
 
-from common.cli import DataError
+from common.cli import DataError, set_up_logging
 from preprocessing.clinical import read_clinical
-from preprocessing.cohort import CohortRules, label_scans, plan, refuse_leaks, refuse_mixture, split_subjects
+from preprocessing.cohort import (
+    CohortRules,
+    find_withdrawn,
+    label_scans,
+    plan,
+    refuse_copies,
+    refuse_leaks,
+    refuse_mixture,
+    split_subjects,
+)
 from preprocessing.scans import Scan
 from preprocessing.store import StoredScan
 from tests.conftest import make_head
+from tests.test_store import RECORD
 
 TABLE = """ID,M/F,Age,CDR
 OAS1_0001_MR1,F,74,0
@@ -339,3 +351,48 @@ def test_no_scans_is_one_line(tmp_path):
 def test_the_defaults_are_those_of_the_readme():
     rules = CohortRules()
     assert (rules.modality, rules.fractions, rules.seed, rules.blank) == ("t1", (0.8, 0.1, 0.1), 0, None)
+
+
+# Copies and scans that are gone.
+
+
+def make_copy(tmp_path, place, *hashes):
+    folder = tmp_path / "out" / place
+    folder.mkdir(parents=True)
+    source = f"/raw/{folder.name}.nii"
+    (folder / "scan.json").write_text(json.dumps(RECORD | {"source": source, "sources": {f"{folder.name}.nii": "f"}}))
+    return StoredScan(folder, folder.name, range(1), (), hashes)
+
+
+def test_a_copy_on_another_side_is_refused_with_both_names(tmp_path):
+    one, other = make_copy(tmp_path, "train/normal/a", "v1", "f1"), make_copy(tmp_path, "test/normal/b", "v1", "f2")
+    third, old = make_copy(tmp_path, "val/normal/c", "v3", "f3"), make_copy(tmp_path, "test/normal/d", "f3")
+    refuse_copies([("train", one), ("val", third)])
+    for first, second in ((one, other), (third, old)):
+        with pytest.raises(DataError, match=r"is in (train|val) and one in test|is in test and one in") as error:
+            refuse_copies([(scan.split, scan) for scan in (first, second)])
+        for name in (first.folder, second.folder, f"/raw/{first.name}.nii", f"/raw/{second.name}.nii"):
+            assert str(name) in str(error.value)
+
+
+def test_a_copy_on_the_same_side_is_warned_of(tmp_path, capsys):
+    set_up_logging(quiet=True)
+    scans = [make_copy(tmp_path, f"test/normal/{name}", "v1", f"f{name}") for name in "abc"]
+    refuse_copies(("test", scan) for scan in scans)
+    words = capsys.readouterr().err
+    assert words.startswith(f"{scans[1].folder}: holds the same scan as {scans[0].folder}, and 1 more such; it counts")
+    refuse_copies([("test", scans[0]), ("test", make_copy(tmp_path, "test/normal/d", "v2", "fd"))])
+    assert capsys.readouterr().err == ""
+
+
+def test_what_came_from_a_folder_and_is_not_taken_from_it_any_more_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = [make_copy(tmp_path, f"train/normal/{name}") for name in ("kept", "gone", "other")]
+    for scan, source in zip(stored, ("raw/kept.nii", str(tmp_path / "raw/gone.nii"), "raw2/other.nii"), strict=True):
+        record = RECORD | {"source": source, "sources": {Path(source).name: "f"}}
+        (scan.folder / "scan.json").write_text(json.dumps(record))
+    planned = [replace(make_scan(tmp_path, "kept"), split="train", label="normal")]
+    assert find_withdrawn(Path("raw"), planned, stored) == [stored[1]]
+    assert find_withdrawn(tmp_path / "raw/", planned, stored) == [stored[1]]
+    moved = [replace(planned[0], split="test")]
+    assert find_withdrawn(Path("raw"), moved, stored) == stored[:2]

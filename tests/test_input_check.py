@@ -29,11 +29,11 @@ def find_warnings(predictor, stack=None, **changes) -> list[str]:
 def test_scans_that_the_model_has_seen_are_refused(processed, tmp_path):
     scans = [*list_scans(processed / "test"), *list_scans(processed / "train")]
     refuse_seen(scans, make_predictor(tmp_path))
-    predictor = make_predictor(tmp_path, seen=[scans[1].source_hash])
+    predictor = make_predictor(tmp_path, seen=[scans[1].hashes[0]])
     with pytest.raises(DataError, match="trained or calibrated on this scan; test it on") as error:
         refuse_seen(scans, predictor)
     assert str(error.value).startswith(str(scans[1].folder))
-    predictor = make_predictor(tmp_path, seen=[scan.source_hash for scan in scans[2:5]])
+    predictor = make_predictor(tmp_path, seen=[scan.hashes[1] for scan in scans[2:5]])
     with pytest.raises(DataError, match="this scan, and on 2 others of these;"):
         refuse_seen(scans, predictor)
 

@@ -1,12 +1,13 @@
 """Maps lie on their scans, viewers open them as they should, BIDS names are valid."""
 
+import gzip
 import json
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 
-from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.nifti import name_bids, name_owner, read_owner, write_bids_description, write_bids_maps, write_maps
 from evaluation.predictor import Prediction
 from tests.predictions import make_prediction
 
@@ -94,3 +95,18 @@ def test_bids_maps_have_sidecars(tmp_path):
         assert sidecar["Description"]
     assert (mask["Type"], mask["Threshold"]) == ("Lesion", 3.0)
     assert statmap["Units"].startswith("times the scan's")
+
+
+def test_a_map_says_whose_it_is(tmp_path):
+    made = predict_map()
+    scan = replace(made.scan, hashes=("0123456789abcdef" * 2, "f" * 32))
+    write_maps(tmp_path / "a", replace(made, scan=scan))
+    assert name_owner(scan) == "0123456789abcdef"
+    for what in ("anomaly", "mask"):
+        assert read_owner(tmp_path / f"a_{what}.nii.gz") == "0123456789abcdef"
+    write_maps(tmp_path / "b", made)
+    (tmp_path / "c_anomaly.nii.gz").write_bytes(b"no gzip")
+    (tmp_path / "d_anomaly.nii.gz").write_bytes(gzip.compress(b"short"))
+    (tmp_path / "e_anomaly.nii.gz").write_bytes((tmp_path / "a_anomaly.nii.gz").read_bytes()[:60])
+    for name in "bcdef":
+        assert read_owner(tmp_path / f"{name}_anomaly.nii.gz") == ""

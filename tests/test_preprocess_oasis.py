@@ -1,7 +1,9 @@
 """The script brings folders of scans into the store: what it says, what it leaves, and how it goes on."""
 
+import gzip
 import json
 import shutil
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -31,8 +33,12 @@ def read_record(processed):
 
 
 def save(path, values=None):
+    """Save these values, or a head that no other file has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(HEAD if values is None else nib.Nifti1Image(np.asarray(values), HEAD.affine), path)
+    if values is None:
+        nib.save(make_head((15, 18, 16), (11.0, 11.0, 11.0), seed=zlib.crc32(str(path).encode())), path)
+    else:
+        nib.save(nib.Nifti1Image(np.asarray(values), HEAD.affine), path)
     return path
 
 
@@ -207,7 +213,8 @@ def discs(tmp_path):
             session = f"OAS2_000{subject}_MR{visit}"
             path = tmp_path / f"raw/OAS2_RAW_PART1/{session}/RAW/mpr-1.nifti.img"
             path.parent.mkdir(parents=True)
-            nib.save(nib.Nifti1Pair(HEAD.get_fdata().astype("f4"), HEAD.affine), path)
+            head = make_head((15, 18, 16), (11.0, 11.0, 11.0), seed=2 * subject + visit)
+            nib.save(nib.Nifti1Pair(head.get_fdata().astype("f4"), head.affine), path)
             cdr = 0.5 if subject == 1 and visit == 2 else 0
             rows.append(f"OAS2_000{subject},{session},x,{visit},F,{60 + visit},{cdr}")
     (tmp_path / "table.csv").write_text("\n".join(rows))
@@ -348,8 +355,8 @@ def test_abnormal_scans_without_a_lesion_mask_and_masks_without_a_scan_are_named
 def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, capsys):
     values = HEAD.get_fdata()
     values[1, 1, 1] = 500  # apart from the brain
-    for place in ("train/normal/a_T1w.nii", "val/normal/b_T1w.nii"):
-        save(tree / "raw" / place, values)
+    for number, place in enumerate(("train/normal/a_T1w.nii", "val/normal/b_T1w.nii")):
+        save(tree / "raw" / place, np.where(values > 0, values + 9 * number * (values % 7), 0))
     soft = np.zeros(HEAD.shape, np.float32)
     soft[6:9, 8:11, 7:10] = 100
     soft[9, 8:11, 7:10] = np.linspace(0.5, 60, 9).reshape(3, 3)
@@ -460,3 +467,72 @@ def test_flags_of_the_plan_reach_the_plan(tmp_path, capsys):
     assert folder[0] == first.format("a folder of volumes", 10, 10, 10), "T1 is asked for"
     assert dry_run(tmp_path, capsys, *table)[0] == first.format("IXI", 1, 1, 1)
     assert dry_run(tmp_path, capsys, *table, "--blank-cdr", "normal")[0] == first.format("IXI", 10, 10, 10)
+
+
+# Scans that are gone or twice there.
+
+
+def test_a_scan_that_was_withdrawn_is_said_and_out_of_use(tree, capsys):
+    save_lesion(tree)
+    gone = save(tree / "raw/train/normal/gone_T1w.nii")
+    assert run(tree / "raw", tree / "out") == 0
+    gone.unlink()
+    capsys.readouterr()
+    assert run(tree / "raw", tree / "out", "--dry-run") == 0
+    assert (
+        f"would take {tree}/out/train/normal/gone_T1w out of use: {gone} is no longer taken" in capsys.readouterr().err
+    )
+    assert "gone_T1w" in read_places(tree / "out")
+    assert run(tree / "raw", tree / "out") == 0
+    place = tree / "out/.withdrawn/train/normal/gone_T1w"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{gone}: is no longer taken; its slices are out of use, they lie in {place}"
+    ]
+    assert read_places(tree / "out") == {"a_T1w": "train/normal", "b_T1w": "val/normal", "c_T1w": "test/abnormal"}
+    assert read_record(tree / "out")["scans"]["train/normal"] == 1
+    assert (place / "scan.json").exists()
+    assert run(tree / "raw", tree / "out") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_scans_of_another_folder_stay_in_use(tree):
+    save(tree / "more/train/normal/d_T1w.nii")
+    run(tree / "raw", tree / "out")
+    run(tree / "more", tree / "out")
+    assert set(read_places(tree / "out")) == {"a_T1w", "b_T1w", "c_T1w", "d_T1w"}
+
+
+def test_a_copy_on_the_other_side_is_refused(tree):
+    content = (tree / "raw/train/normal/a_T1w.nii").read_bytes()
+    copy = tree / "raw/test/normal/other_T1w.nii.gz"
+    copy.parent.mkdir()
+    copy.write_bytes(gzip.compress(content))
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds the same scan as") as error:
+            run(tree / "raw", tree / "out")
+        assert str(copy) in str(error.value)
+        assert "raw/train/normal/a_T1w.nii" in str(error.value)
+    copy.unlink()
+    assert run(tree / "raw", tree / "out") == 0
+
+
+def test_a_folder_that_is_not_the_stores_loses_nothing(tree):
+    """The store in a folder with other things in it, a link among them that leads outside."""
+    out = tree / "home"
+    for name in (".venv.old", ".cache.partial", "train/.git.old", "masks"):
+        (out / name).mkdir(parents=True)
+        (out / name / "kept").touch()
+    (out / "test").symlink_to(tree / "raw")
+    assert run(tree / "raw", out) == 3
+    assert len(list(out.rglob("kept"))) == 4
+    assert not (tree / "raw/abnormal").exists()
+    assert set(read_places(out)) == {"a_T1w", "b_T1w"}
+
+
+def test_a_bad_record_takes_nothing_else_out(tree):
+    run(tree / "raw", tree / "out")
+    record = tree / "out/train/normal/a_T1w/scan.json"
+    whole = record.read_bytes()
+    record.write_text('{"shape": [5000, 5000, 5000]}')
+    assert run(tree / "raw", tree / "out") == 0
+    assert record.read_bytes() == whole

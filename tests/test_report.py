@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -374,3 +375,11 @@ def test_page_in_a_browser(browser, evaluation):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     errors = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not errors
+
+
+def test_a_name_is_text_wherever_it_stands():
+    name = "<img src=x onerror=alert(1)>"
+    made = make_prediction()
+    page = make_viewer(replace(made, scan=replace(made.scan, name=name)))
+    assert name not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,32 @@ def test_preprocessing_takes_its_record_back_and_talks_as_asked(processed, capsy
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     assert before == {path: path.stat().st_mtime_ns for path in processed.rglob("slice_*.npy")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "split: {a: 1}",
+        "split: [[1], 2, 3]",
+        "a: &a [x, x]\nb: &b [*a, *a]\nsplit: [*b, *b, *b]",
+        "data: 2020-01-01",
+        "[" * 10_000,
+        "- data",
+        "\0",
+    ],
+)
+def test_a_config_that_holds_no_flags_is_wrong_usage(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read(tmp_path, text)
+    assert stop.value.code == 2
+    assert "run.yaml: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_is_no_file_or_a_huge_one_is_wrong_usage(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "huge").write_bytes(b"#" * (1 << 20) + b"#")
+    for name in ("fifo", "huge", "."):
+        with pytest.raises(SystemExit) as stop:
+            parse_flags(make_parser(), ["--config", str(tmp_path / name)])
+        assert stop.value.code == 2
+        assert "no file, or one of more than 1 MB" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import preprocessing.worker as worker
 from common.cli import DataError
 from preprocessing.images import read_image
 from preprocessing.scans import Scan
@@ -54,7 +55,7 @@ def test_a_scan_becomes_slices_a_lesion_and_a_record(scan):
         for path in (scan.path, scan.brain_mask, scan.lesion_mask)
     }
     assert record["sources"] == hashes
-    assert stored.source_hash == hashes["a_T1w.nii"][:32]
+    assert stored.hashes == (record["content"], hashes["a_T1w.nii"][:32])
     known = {"scan": "a_T1w", "source": str(scan.path), "subject": "a", "session": "s1", "age": 70.0, "sex": "F"}
     made_with = {"format": 3, "keep": 0.7, "size": 32, "fov_mm": None, "volume": None, "axes_rule": [None, None]}
     place = {"shape": [20, 24, 22], "axes": "RAS", "pixel_mm": 6.25, "spacing_mm": [8, 8, 8], "skull_off": True}
@@ -237,9 +238,105 @@ def test_a_full_disk_leaves_the_other_scans_and_nothing_half_written(scan, monke
     monkeypatch.setattr(Path, "write_bytes", fill_up)
     state, why = run(other)
     assert state == "skipped"
-    assert "b_T1w: cannot be written ([Errno 28] No space left on device); free some space" in why
+    assert "b_T1w: cannot be written (No space left on device; free some space; the same command goes on)" in why
     out = scan.path.parent / "out/test"
     assert [path.name for path in (out / "abnormal").iterdir()] == ["a_T1w"]
     assert [path.name for path in (out / "masks").iterdir()] == ["a_T1w"]
     monkeypatch.undo()
     assert (run(scan)[0], run(other)[0]) == ("unchanged", "done")
+
+
+def test_a_scan_that_was_damaged_is_said_and_out_of_use(scan):
+    assert run(scan)[0] == "done"
+    folder, whole = read(scan).folder, scan.path.read_bytes()
+    scan.path.write_bytes(whole[:5000])
+    state, why = run(scan)
+    assert state == "skipped"
+    assert f"{scan.path}: is truncated" in why
+    place = folder.parents[2] / ".withdrawn/test/abnormal/a_T1w"
+    assert why.endswith(f"; its old slices are no longer used, they lie in {place}")
+    assert not folder.exists()
+    assert (place / "scan.json").exists()
+    assert run(scan)[1].endswith("copy it again"), "said once"
+    scan.path.write_bytes(whole)
+    assert run(scan)[0] == "done"
+    scan.lesion_mask.unlink()
+    state, why = run(scan)
+    assert state == "skipped"
+    assert f"{scan.lesion_mask}: cannot be read (No such file or directory)" in why
+    assert not folder.exists()
+
+
+def test_a_scan_that_cannot_be_written_or_held_stays_in_use(scan, monkeypatch):
+    run(scan)
+    before = read(scan).read_stack()
+    for name, fail in (("write_scan", fail_for_want_of_space), ("cut_stack", fail_for_want_of_memory)):
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, name, fail)
+            assert run(scan, replace(SETTINGS, keep=0.5))[0] == "skipped"
+    np.testing.assert_array_equal(read(scan).read_stack(), before)
+
+
+def fail_for_want_of_memory(*_):
+    raise MemoryError
+
+
+def fail_for_want_of_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_bad_record_is_made_again(scan):
+    run(scan)
+    record = read(scan).record
+    (read(scan).folder / "scan.json").write_text("{}")
+    assert run(scan)[0] == "done"
+    assert read(scan).record == record
+
+
+def test_slices_of_an_older_version_learn_which_scan_they_are(scan):
+    run(scan)
+    stored = read(scan)
+    record = stored.record
+    old = {key: value for key, value in record.items() if key != "content"}
+    (stored.folder / "scan.json").write_text(json.dumps(old))
+    assert len(read(scan).hashes) == 1
+    assert run(scan)[0] == "done"
+    assert read(scan).record == record
+    assert run(scan)[0] == "unchanged"
+
+
+def test_a_folder_that_was_moved_is_unchanged_and_where_it_is_now(scan, tmp_path):
+    run(scan)
+    new = tmp_path / "moved"
+    new.mkdir()
+    for path in (scan.path, scan.brain_mask, scan.lesion_mask):
+        path.rename(new / path.name)
+    moved = replace(scan, path=new / "a_T1w.nii", brain_mask=new / "a_brain.nii", lesion_mask=new / "a_lesion.nii")
+    assert preprocess_scan(moved, tmp_path / "out", SETTINGS) == ("unchanged", "")
+    assert read(scan).record["source"] == str(new / "a_T1w.nii")
+
+
+def test_a_mask_may_be_called_as_its_scan_is(scan, tmp_path):
+    (tmp_path / "masks").mkdir()
+    mask = scan.brain_mask.rename(tmp_path / "masks/a_T1w.nii")
+    scan = replace(scan, brain_mask=mask)
+    assert run(scan)[0] == "done"
+    own = hashlib.sha256(scan.path.read_bytes()).hexdigest()
+    assert read(scan).record["sources"]["a_T1w.nii"] == own
+    assert read(scan).hashes[1] == own[:32]
+    smaller = (HEAD.get_fdata() > 0).astype(np.uint8)
+    smaller[HEAD.shape[0] // 2, HEAD.shape[1] // 2, HEAD.shape[2] // 2] = 0
+    save(smaller, mask)
+    assert run(scan)[0] == "done", "another mask"
+
+
+def test_a_name_too_long_for_what_is_made_of_it_is_named(scan):
+    long = replace(scan, name="ä" * 101)
+    state, why = run(long)
+    assert (state, why) == ("skipped", f"{scan.path}: its name takes more than 200 bytes; give it a shorter one")
+    assert run(replace(scan, name="ä" * 100))[0] == "done"
+
+
+def test_a_scan_from_its_file_is_known_as_the_stored_one_is(scan):
+    run(scan)
+    assert cut_scan(scan.path, scan.brain_mask, SETTINGS).hashes == read(scan).hashes

@@ -19,6 +19,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import numpy as np
 import torch
 
@@ -28,6 +33,7 @@ from common.cli import (
     DataError,
     HelpFormatter,
     bounded,
+    explain,
     list_flags,
     log,
     parse_flags,
@@ -38,7 +44,7 @@ from common.device import add_device_flag, choose_device, choose_precision, fits
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import load_checkpoint
-from preprocessing.cohort import refuse_leaks
+from preprocessing.cohort import refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
@@ -46,6 +52,7 @@ from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+NO_STATE = "holds no state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
@@ -69,12 +76,9 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         held_out = {key_subject(subject) for subject in np.random.default_rng(seed).permutation(subjects)[:count]}
         validation = [scan for scan in train if key_subject(scan.subject) in held_out]
         train = [scan for scan in train if key_subject(scan.subject) not in held_out]
-    test = list_scans(data / "test")
-    refuse_leaks(
-        (scan.subject, split, str(scan.folder))
-        for split, scans in (("train", train), ("val", validation), ("test", test))
-        for scan in scans
-    )
+    splits = {"train": train, "val": validation, "test": list(list_scans(data / "test"))}
+    refuse_leaks((scan.subject, split, str(scan.folder)) for split, scans in splits.items() for scan in scans)
+    refuse_copies((split, scan) for split, scans in splits.items() for scan in scans)
     check_same_settings(train + validation)
     return train, validation
 
@@ -93,7 +97,9 @@ def load_state(run: Path, config: dict) -> dict | None:
     if not (run / "last.pt").exists():
         return None
     state = load_checkpoint(run / "last.pt")
-    kept = state["config"]
+    kept = state.get("config")
+    if not isinstance(kept, dict):
+        raise DataError(f"{run / 'last.pt'}: {NO_STATE}")
     changed = [key for key in config if kept.get(key) != config[key] and (key, config[key]) != ("precision", "auto")]
     if changed:
         changed = ", ".join(changed)
@@ -130,15 +136,18 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
         try:
             trainer = start(config, args, scans, device)
             if state:
-                trainer.resume(state)
+                try:
+                    trainer.resume(state)
+                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise DataError(f"{run / 'last.pt'}: {NO_STATE}") from error
                 log.info("resuming at step %d of %d", trainer.step, config["steps"])
             trainer.fit()
             if distributed.is_main():
                 trainer.finish()
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
-                f"{run}: cannot be written ({error}); free some space or give another --run; last.pt is whole, "
-                "the same command goes on from it"
+                f"{error.filename or run}: cannot be written ({explain(error)}); last.pt is whole where there is one, "
+                "or give another --run"
             ) from error
         best = trainer.best
         log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
