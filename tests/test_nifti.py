@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
+import pytest
 
-from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps, write_nifti
 from evaluation.predictor import Prediction
 from tests.predictions import make_prediction
 
@@ -50,6 +51,17 @@ def test_a_map_and_its_mask_are_written_on_the_scans_grid(tmp_path):
     assert mask.get_fdata().sum() == 2
     assert bytes(anomaly.header["descrip"]).startswith(b"anomaly, times the scan's median")
     assert bytes(mask.header["descrip"]).startswith(b"anomaly at or above 3.000")
+
+
+@pytest.mark.parametrize(("shear", "says"), [(0.0, 1), (0.0005, 1), (0.05, 0), (-0.3, 0)])
+def test_a_sheared_grid_has_no_qform_which_could_not_say_it(shear, says, tmp_path):
+    affine = AFFINE.copy()
+    affine[0, 1] += shear
+    write_nifti(tmp_path / "a.nii.gz", make_map(), affine, "a map", 1.0)
+    image = nib.load(tmp_path / "a.nii.gz")
+    assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (says, 1)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(image.header.get_zooms(), nib.affines.voxel_sizes(affine), rtol=1e-5)
 
 
 def test_bids_names_are_valid_and_unlike():

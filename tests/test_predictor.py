@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from common.cli import DataError
+from evaluation.predictor import Predictor
 from evaluation.regions import list_regions
 from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, score_slices
 from models.baselines import map_brightness, map_deviation
-from models.checkpoint import load_model
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from tests.predictions import (
     PIXEL_MM,
     SIZE,
@@ -139,6 +140,24 @@ def test_neighbours_lie_as_far_away_as_the_slices_are_thick(predictor):
 def test_a_model_of_an_older_version_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"model.pt: was calibrated by an older version; delete it and run train.py"):
         make_predictor(tmp_path, seen=None)
+
+
+def test_a_calibration_of_no_numbers_is_named_with_its_file(tmp_path):
+    content = load_checkpoint(write_model(tmp_path / "model.pt"))
+    content["calibration"]["threshold"] = torch.tensor(np.nan)
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=r"model\.pt: the voxel threshold of its calibration"):
+        Predictor.load(tmp_path / "model.pt", torch.device("cpu"))
+
+
+def test_a_map_of_no_numbers_is_no_verdict(tmp_path):
+    """Weights that are finite, but too large for their products to be."""
+    predictor = make_predictor(tmp_path)
+    with torch.no_grad():
+        for values in predictor.model.parameters():
+            values *= 1e30
+    with pytest.raises(DataError, match=r"a_T1w\.nii\.gz: its anomaly map is not of finite numbers"):
+        predictor.predict(make_scan(), baselines=False)
 
 
 def test_a_predictor_knows_what_its_model_has_seen(tmp_path):
