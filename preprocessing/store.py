@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import DataError
-from preprocessing.geometry import Geometry, Scale
+from preprocessing.geometry import ONE, Geometry, Scale
 from preprocessing.scans import LABELS
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
@@ -157,7 +157,10 @@ def read_slice(path: Path, size: int) -> np.ndarray:
             f"{path}: {values.dtype} of shape {values.shape} instead of numbers of {(size, size)}; "
             "delete its folder, preprocess again"
         )
-    if not (values.min() >= 0 and values.max() <= 1):  # which no nan is
+    within = (
+        values.view(np.uint16).max() <= ONE if values.dtype == np.float16 else 0 <= values.min() <= values.max() <= 1
+    )
+    if not within:
         raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
     return values
 
