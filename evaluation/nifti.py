@@ -32,9 +32,11 @@ def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False
     The header says in `db_name` which scan it is of.
     """
     image = nib.Nifti1Image(make_mask(prediction) if mask else prediction.native_map, prediction.affine)
-    # both, because viewers differ in which they read
-    image.set_qform(prediction.affine, code="scanner")
     image.set_sform(prediction.affine, code="scanner")
+    if is_sheared(prediction.affine):
+        image.set_qform(None, code=0)  # it cannot say shears, and would lead elsewhere
+    else:
+        image.set_qform(prediction.affine, code="scanner")  # both, because viewers differ in which they read
     image.header["descrip"] = about
     image.header["db_name"] = name_owner(prediction.scan)
     image.header["cal_max"] = 1 if mask else 2 * prediction.threshold

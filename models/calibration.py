@@ -107,13 +107,12 @@ class Calibration:
         wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
         if wrong:
             raise ValueError(f"the calibration's {', '.join(wrong)} do not fit")
-        for name, value in values.items():
-            if not torch.as_tensor(value).isfinite().all():
-                raise ValueError(f"its {name.replace('_', ' ')} is not of finite numbers")
+        _refuse_no_numbers(values)
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:
-        """What model.pt keeps of it: float32 tensors on the CPU."""
+        """What model.pt keeps of it: float32 tensors on the CPU. DataError where it holds no numbers."""
+        _refuse_no_numbers(vars(self))
         return {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
 
     def to(self, device: torch.device | str) -> Calibration:
@@ -164,6 +163,12 @@ class Calibration:
         healthy = self.scan_scores if level == "scan" else self.slice_scores
         allowed = math.floor(false_positive_rate * (len(healthy) + 1) + 1e-9) - 1  # healthy scores that may be as high
         return float(healthy[len(healthy) - 1 - allowed]) if allowed >= 0 else None
+
+
+def _refuse_no_numbers(fields: dict[str, torch.Tensor | float]) -> None:
+    for name, values in fields.items():
+        if not torch.as_tensor(values).isfinite().all():
+            raise DataError(f"the {name.replace('_', ' ')} of its calibration is not of finite numbers; train again")
 
 
 def compute_p_values(scores: float | Sequence[float] | torch.Tensor, healthy: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from common.cli import DataError
 from preprocessing.images import read_image
-from preprocessing.volume import Volume, fill_holes
+from preprocessing.volume import Volume, fill_holes, find_box
 
 RINGING = 0.3  # of a mask's highest value: as far as a spline goes below 0
 MOST_LABELS = 20  # whole numbers of so few values are labels; of more, where neighbours are alike
@@ -102,12 +102,14 @@ def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     Stray is what is connected with the main piece over no face, edge or corner, lies in none of its cavities and has
     less than STRAY_SHARE of its volume: eyes, the neck, specks.
     """
-    touching = np.ones((3, 3, 3))
-    labels, count = ndimage.label(inside.T, touching)
+    box = find_box(inside)
+    planes = inside.T[box]
+    labels, count = ndimage.label(planes, np.ones((3, 3, 3)))
     if count < 2:
         return inside, 0
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     main = (sizes >= STRAY_SHARE * sizes.max())[labels]
-    kept = inside & fill_holes(main).T
+    kept = inside.copy()
+    kept.T[box] &= fill_holes(main)
     return kept, int(np.count_nonzero(inside) - np.count_nonzero(kept))

@@ -24,7 +24,7 @@ import numpy as np
 
 from common.cli import DataError, log
 from common.files import make_folder, open_regular, replace_when_whole
-from preprocessing.geometry import Geometry, Scale
+from preprocessing.geometry import ONE, Geometry, Scale
 from preprocessing.record import find_wrong_settings, read_record
 from preprocessing.scans import LABELS, SPLITS
 
@@ -164,7 +164,10 @@ def read_slice(path: Path, size: int) -> np.ndarray:
             f"{path}: {values.dtype} of shape {values.shape} instead of numbers of {(size, size)}; "
             "delete its folder, preprocess again"
         )
-    if not (values.min() >= 0 and values.max() <= 1):  # which no nan is
+    within = (
+        values.view(np.uint16).max() <= ONE if values.dtype == np.float16 else 0 <= values.min() <= values.max() <= 1
+    )
+    if not within:
         raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
     return values
 

@@ -99,6 +99,15 @@ def test_a_model_of_another_version_is_refused(tmp_path, content, change):
         load_model(tmp_path / "old.pt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["to_slice.0.weight", "down.0.0.1.running_var"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, content, name, value):
+    content["weights"][name].view(-1)[0] = value
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=r"model\.pt: holds weights that are not finite numbers; train again"):
+        load_model(tmp_path / "model.pt")
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})

@@ -143,6 +143,24 @@ def test_a_model_of_an_older_version_is_refused(tmp_path):
         make_predictor(tmp_path, seen=None)
 
 
+def test_a_calibration_of_no_numbers_is_named_with_its_file(tmp_path):
+    content = load_checkpoint(write_model(tmp_path / "model.pt"))
+    content["calibration"]["threshold"] = torch.tensor(np.nan)
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=r"model\.pt: the voxel threshold of its calibration"):
+        Predictor.load(tmp_path / "model.pt", torch.device("cpu"))
+
+
+def test_a_map_of_no_numbers_is_no_verdict(tmp_path):
+    """Weights that are finite, but too large for their products to be."""
+    predictor = make_predictor(tmp_path)
+    with torch.no_grad():
+        for values in predictor.model.parameters():
+            values *= 1e30
+    with pytest.raises(DataError, match=r"a_T1w\.nii\.gz: its anomaly map is not of finite numbers"):
+        predictor.predict(make_scan(), baselines=False)
+
+
 def test_a_predictor_knows_what_its_model_has_seen(tmp_path):
     predictor = make_predictor(tmp_path, seen=["abc", "def"])
     assert predictor.seen == {"abc", "def"}

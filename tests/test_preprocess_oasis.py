@@ -353,7 +353,7 @@ def test_abnormal_scans_without_a_lesion_mask_and_masks_without_a_scan_are_named
 
 
 def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, capsys):
-    values = HEAD.get_fdata()
+    values = HEAD.get_fdata().copy()
     values[1, 1, 1] = 500  # apart from the brain
     for number, place in enumerate(("train/normal/a_T1w.nii", "val/normal/b_T1w.nii")):
         save(tree / "raw" / place, np.where(values > 0, values + 9 * number * (values % 7), 0))

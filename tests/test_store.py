@@ -328,6 +328,15 @@ def test_a_broken_or_harmful_slice_is_refused_by_name(content, tmp_path, monkeyp
     assert not Path("evil-was-here").exists()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.01, 1.01])
+def test_values_that_are_none_of_a_slice_are_refused_by_name(value, tmp_path):
+    values = np.zeros((4, 4), np.float16)
+    values[1, 2] = value
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(DataError, match=r"a\.npy: holds values that do not lie from 0 to 1"):
+        read_slice(tmp_path / "a.npy", 4)
+
+
 def test_slices_of_letters_are_refused_and_a_missing_one_named(tmp_path):
     np.save(tmp_path / "a.npy", np.full((4, 4), "x"))
     for name in ("a.npy", "none.npy"):

@@ -225,6 +225,79 @@ def test_a_bad_mask_skips_its_scan(which, change, words, scan):
     assert read(scan) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda brain: brain | True, "of 5407 ml, which no brain has (700 to 2200 ml)"),
+        (lambda brain: ~brain, "which no brain has"),
+        (lambda brain: brain & (np.indices(brain.shape)[0] < 10), "which no brain has"),
+        (lambda brain: np.indices(brain.shape).max(0) < 4, "of 33 ml, which no brain has"),
+    ],
+)
+def test_a_brain_mask_of_no_brains_volume_skips_its_scan(change, words, scan):
+    save(change(HEAD.get_fdata() > 0).astype(np.uint8), scan.brain_mask)
+    state, why = run(scan)
+    assert state == "skipped"
+    assert why.startswith(f"{scan.brain_mask}: ")
+    assert words in why
+
+
+def test_a_probability_mask_is_cut_at_one_half(scan):
+    run(scan)
+    wanted = read(scan).read_stack()
+    soft = np.where(HEAD.get_fdata() > 0, 0.9, 0.2).astype(np.float32)
+    soft[0, 0, 0] = 0.5
+    save(soft, scan.brain_mask)
+    assert run(scan) == ("done", "")
+    np.testing.assert_array_equal(read(scan).read_stack(), wanted)
+
+
+def test_stray_pieces_are_dropped_and_said(scan):
+    run(scan)
+    wanted = read(scan)
+    assert "warnings" not in wanted.record
+    mask = (HEAD.get_fdata() > 0).astype(np.uint8)
+    mask[:2, :2, 9:12] = 1  # 12 voxels of 0.512 ml
+    save(mask, scan.brain_mask)
+    values = HEAD.get_fdata().copy()
+    values[:2, :2, 9:12] = 500
+    for one in (scan, replace(scan, path=save(values, scan.path.with_name("b.nii")), name="b", brain_mask=None)):
+        assert run(one) == ("done", "")
+        np.testing.assert_array_equal(read(one).read_stack(), wanted.read_stack())
+        assert read(one).record["warnings"] == ["pieces apart from the brain were dropped (6.14 ml)"]
+        assert read(one).load().warnings == tuple(read(one).record["warnings"])
+
+
+def test_a_lesion_mask_lies_in_the_brain_and_is_not_most_of_it(scan):
+    outside = np.zeros(HEAD.shape, np.uint8)
+    outside[:2, :2, :2] = 1
+    save(outside, scan.lesion_mask)
+    assert run(scan) == ("skipped", f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
+    save((HEAD.get_fdata() > 0).astype(np.uint8), scan.lesion_mask)
+    assert run(scan) == ("done", "")
+    assert read(scan).record["warnings"] == ["its lesion mask covers most of the brain; is it one (100%)"]
+
+
+def test_the_labels_that_are_lesion_are_picked_and_counted_anew(scan):
+    labels = np.zeros(HEAD.shape, np.int16)
+    labels[8:12, 8:12, 10:12], labels[8:12, 8:12, 12] = 1, 4
+    save(labels, scan.lesion_mask)
+    for picked, voxels in ((None, 48), ((1,), 32), ((4,), 16), ((1, 4), 48)):
+        settings = replace(SETTINGS, lesion_labels=picked)
+        assert run(scan, settings) == ("done", "")
+        assert run(scan, settings) == ("unchanged", "")
+        assert sum(read(scan).record["lesion_voxels"]) == voxels
+
+
+@pytest.mark.parametrize("factor", [1e40, 1e-50])
+def test_values_that_float32_does_not_hold_skip_their_scan(factor, scan):
+    save(HEAD.get_fdata() * factor, scan.path)
+    state, why = run(scan)
+    assert state == "skipped"
+    assert why.startswith(f"{scan.path}: its values go up to ")
+    assert read(scan) is None
+
+
 def test_a_full_disk_leaves_the_other_scans_and_nothing_half_written(scan, monkeypatch):
     other = replace(scan, name="b_T1w")
     run(scan)
