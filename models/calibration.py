@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from common.cli import DataError
 from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
 
 TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
