@@ -135,8 +135,8 @@ def bounded(
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = kind(text)
-            within = above < value < below and least <= value <= most  # which no nan is
-            if within and math.isfinite(value) and not (multiple_of and value % multiple_of):
+            within = above < value < below and least <= value <= most  # which nan and infinity are not
+            if within and not (multiple_of and value % multiple_of):
                 return value
         raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
 

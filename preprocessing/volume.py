@@ -22,6 +22,7 @@ RINGING = 0.3  # of the highest values: as far as a spline's ringing reaches to 
 FAINT = 0.02  # of the highest values: what a spline leaves of nothing
 COARSE_MM = 3.0  # voxels that are fine enough to see a skull
 DARK = 0.1  # of Otsu's threshold: bone is, sulci are not
+NOISE = 0.15  # of what is no background: up to 0.06 is too dark to be tissue in brains, from 0.2 on in heads
 SHELL = (0.08, 0.25)  # of the radius: depth under the surface at which the skull lies
 DARK_SHELL = 0.003  # share in the median octant: up to 0.001 in 48 stripped brains, from 0.007 on in 49 of 50 heads
 
@@ -152,11 +153,12 @@ def _has_skull(values: np.ndarray, background: float, inside: np.ndarray, spacin
     if not inside.size or height.min() == height.max():
         return False
     threshold = threshold_otsu(height)
-    if np.count_nonzero(inside & (height <= DARK * threshold)) < DARK_SHELL / 4 * np.count_nonzero(inside):
+    empty, dark = (np.count_nonzero(inside & (height <= part * threshold)) for part in (0.5, DARK))
+    if empty < NOISE * np.count_nonzero(inside) and dark < DARK_SHELL / 4 * np.count_nonzero(inside):
         return False  # too little is dark for noise or a shell
     height, inside = (np.pad(part, 3) for part in (height, inside))  # room for closing
     head = fill_holes(ndimage.binary_closing(height > threshold / 2, iterations=2))
-    if np.count_nonzero(head & inside) < 0.85 * np.count_nonzero(inside):
+    if np.count_nonzero(head & inside) < (1 - NOISE) * np.count_nonzero(inside):
         return True
     spacing_mm = np.multiply(spacing_mm, [along.step for along in coarse])
     radius_mm = (3 * np.count_nonzero(head) * np.prod(spacing_mm) / (4 * np.pi)) ** (1 / 3)

@@ -142,14 +142,14 @@ def test_a_head_is_found_as_it_is():
     assert (found == head).mean() > 0.98
 
 
-def make_whole_head(shrink=1.0, noise=20.0):
+def make_whole_head(shrink=1.0, bone=40.0, noise=20.0):
     """(volume of 3 mm voxels, its brain, its head): a brain of 1.4 l with bone and scalp around it, noise everywhere.
 
     shrink: of all lengths in mm.
     """
     x, y, z = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * 3.0 for n in (64, 76, 64)], indexing="ij")
     radius = np.sqrt((x / 64) ** 2 + (y / 82) ** 2 + (z / 64) ** 2)
-    values = np.select([radius < 1, radius < 1.06, radius < 1.16, radius < 1.28], [600 + x + y, 150, 40, 800], 0.0)
+    values = np.select([radius < 1, radius < 1.06, radius < 1.16, radius < 1.28], [600 + x + y, 150, bone, 800], 0.0)
     rng = np.random.default_rng(0)
     values = np.hypot(values + rng.normal(0, noise, values.shape), rng.normal(0, noise, values.shape))
     return make_volume(values.astype(np.float32), (3.0 * shrink,) * 3), radius < 1, radius < 1.28
@@ -236,6 +236,12 @@ def test_a_small_head_is_no_stripped_brain(shrink, coarse, quiet):
     assert not find_brain(small)[1]
     small = change(small, np.where(brain, volume.values, 0)[part])
     assert find_brain(small)[1], "the brain of the same head"
+
+
+def test_noise_around_it_makes_a_head_where_bone_is_not_dark():
+    volume, _, head = make_whole_head(0.6, bone=300.0, noise=30.0)
+    assert find_brain(change(volume, np.where(head, volume.values, 0)))[1], "nothing tells it from a brain"
+    assert not find_brain(change(volume, np.round(volume.values / 100)))[1]
 
 
 @pytest.mark.parametrize("factor", [1e40, 1e-50])
