@@ -101,6 +101,7 @@ class Calibration:
     def from_state(cls, state: dict) -> Calibration:
         """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
         values = {name: state[key] for name, key in STATE_KEYS.items()}
+        _refuse_no_numbers(values)
         size = values["intensity"].shape[-1]
         shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
         shapes |= {"texture_edges": (2, TEXTURE_BINS - 1), "texture_factor": (2, TEXTURE_BINS, TEXTURE_BINS)}
@@ -108,7 +109,6 @@ class Calibration:
         wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
         if wrong:
             raise ValueError(f"the calibration's {', '.join(wrong)} do not fit")
-        _refuse_no_numbers(values)
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:
