@@ -104,6 +104,8 @@ class Predictor:
                 precision=PRECISIONS[content["precision"]],
                 **options,
             )
+        except DataError as error:
+            raise DataError(f"{model_path}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{model_path}: does not hold a model of this version ({reason}); train again") from error
