@@ -23,7 +23,8 @@ def hash_voxels(values: np.ndarray, spacing_mm: tuple[float, float, float]) -> s
     floats rounded otherwise is the same scan, and so is one whose origin was moved, as tools do that centre scans.
     """
     grid = np.ix_(*(_spread(count) for count in values.shape))
-    samples = np.ascontiguousarray(values[grid]).astype(np.float32, copy=False) + np.float32(0)  # -0 is 0
+    with np.errstate(over="ignore"):
+        samples = np.ascontiguousarray(values[grid]).astype(np.float32, copy=False) + np.float32(0)  # -0 is 0
     _, ranks = np.unique(samples, return_inverse=True)
     # The steps begin beside the sizes that occur: one at the edge of two steps could fall to either side.
     steps = np.floor(np.array(spacing_mm) / SPACING_STEP_MM + 0.318).astype(int)
