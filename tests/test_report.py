@@ -136,6 +136,17 @@ def test_rows_stand_by_falling_score(tmp_path):
     heads = [head["text"] for head in page.heads if "data-first" in head]
     assert heads == ["scan", "label", "score", "p", "flagged", "worst slice", "regions", "largest, ml"]
     assert [head["text"] for head in page.heads if head.get("aria-sort")] == ["score"]
+    first = [head["data-first"] for head in page.heads if "data-first" in head]
+    assert first == [
+        "ascending",
+        "ascending",
+        "descending",
+        "ascending",
+        "descending",
+        "ascending",
+        *["descending"] * 2,
+    ]
+    assert re.findall(r'<span class="flag">(\w+)</span>', (tmp_path / "report.html").read_text()) == ["yes"]
 
 
 def test_abnormal_scans_without_a_lesion_mask_are_named_before_the_figures(tmp_path):
@@ -163,6 +174,7 @@ def test_age_and_sex_have_columns_where_somebodys_is_known(tmp_path):
     assert [cells[-1] for cells in page.cells] == ["61.5", ""]
     page = make_page(tmp_path, [make_row("a", 2, age=61.5, sex="F"), make_row("b", 1, sex="M")])
     assert [cells[-2:] for cells in page.cells] == [["61.5", "F"], ["", "M"]]
+    assert "61.5 F" in page.text
 
 
 def test_names_cannot_break_the_page(tmp_path):
