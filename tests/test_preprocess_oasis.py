@@ -1,9 +1,7 @@
 """The script brings folders of scans into the store: what it says, what it leaves, and how it goes on."""
 
-import gzip
 import json
 import shutil
-import zlib
 
 import nibabel as nib
 import numpy as np
@@ -12,48 +10,14 @@ import pytest
 from common.cli import DataError
 from common.files import hold_folder
 from preprocessing.preprocess_oasis import main as preprocess
-from preprocessing.preprocess_oasis import parse
 from preprocessing.store import check_same_settings, list_scans
-from tests.conftest import SIZE, make_head
-
-SMALL = ["--size", str(SIZE), "--workers", "1"]
-HEAD = make_head((15, 18, 16), (11.0, 11.0, 11.0))
-
-
-def run(raw, out, *flags):
-    return preprocess(["--raw", str(raw), "--processed", str(out), *SMALL, *flags])
-
-
-def read_places(processed):
-    return {scan.name: f"{scan.split}/{scan.label}" for scan in list_scans(processed)}
-
-
-def read_record(processed):
-    return json.loads((processed / "dataset.json").read_text())
-
-
-def save(path, values=None):
-    """Save these values, or a head that no other file has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if values is None:
-        nib.save(make_head((15, 18, 16), (11.0, 11.0, 11.0), seed=zlib.crc32(str(path).encode())), path)
-    else:
-        nib.save(nib.Nifti1Image(np.asarray(values), HEAD.affine), path)
-    return path
-
-
-def save_lesion(tree, name="c_lesion.nii"):
-    lesion = np.zeros(HEAD.shape, np.uint8)
-    lesion[6:9, 8:11, 7:10] = 1
-    return save(tree / "raw/test/masks" / name, lesion)
+from tests.conftest import SIZE
+from tests.trees import HEAD, make_tree, read_places, read_record, run, save, save_lesion
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Three scans in a split/label tree."""
-    for place in ("train/normal/a_T1w.nii", "val/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
-        save(tmp_path / "raw" / place)
-    return tmp_path
+    return make_tree(tmp_path)
 
 
 # What it says and leaves.
@@ -201,71 +165,6 @@ def test_its_record_can_be_given_back_to_it(processed, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-# Splits that stay.
-
-
-@pytest.fixture
-def discs(tmp_path):
-    """Eight OASIS-2 sessions, two a subject, with a table."""
-    rows = ["Subject ID,MRI ID,Group,Visit,M/F,Age,CDR"]
-    for subject in range(1, 5):
-        for visit in (1, 2):
-            session = f"OAS2_000{subject}_MR{visit}"
-            path = tmp_path / f"raw/OAS2_RAW_PART1/{session}/RAW/mpr-1.nifti.img"
-            path.parent.mkdir(parents=True)
-            head = make_head((15, 18, 16), (11.0, 11.0, 11.0), seed=2 * subject + visit)
-            nib.save(nib.Nifti1Pair(head.get_fdata().astype("f4"), head.affine), path)
-            cdr = 0.5 if subject == 1 and visit == 2 else 0
-            rows.append(f"OAS2_000{subject},{session},x,{visit},F,{60 + visit},{cdr}")
-    (tmp_path / "table.csv").write_text("\n".join(rows))
-    return tmp_path
-
-
-def test_from_discs_and_table_to_a_split_that_stays(discs, capsys):
-    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--split", "0.34", "0.33", "0.33")
-    assert run(*command, "--dry-run") == 0
-    text = capsys.readouterr().out
-    assert "OASIS-2 raw parts: 8 scans of 4 subjects in 8 sessions" in text
-    assert "OAS2_0001_MR2: subject OAS2_0001, session MR2, axes ASL unless its header gives them" in text
-    assert "  table.csv: CDR 0 -> normal (7 lines)\n  table.csv: CDR 0.5 -> abnormal (1 line)\n" in text
-    later = discs / "raw/OAS2_RAW_PART1/OAS2_0004_MR2"
-    later.rename(discs / "later")
-    assert run(*command) == 0
-    first = read_places(discs / "out")
-    assert (first["OAS2_0001_MR1"], first["OAS2_0001_MR2"]) == ("test/normal", "test/abnormal")
-    assert len({place for name, place in first.items() if "0001" not in name}) == 3
-    (discs / "later").rename(later)
-    capsys.readouterr()
-    assert run(*command, "--seed", "7") == 0
-    assert f"4 subjects have slices in {discs / 'out'} and keep their split" in capsys.readouterr().out
-    second = read_places(discs / "out")
-    assert {name: second[name] for name in first} == first
-    assert second["OAS2_0004_MR2"] == first["OAS2_0004_MR1"]
-    scan = next(scan for scan in list_scans(discs / "out") if scan.name == "OAS2_0004_MR2")
-    assert (scan.record["age"], scan.record["sex"]) == (62, "F")
-    record = read_record(discs / "out")
-    assert (record["layout"], record["flags"]["seed"]) == ("oasis2", 7)
-
-
-def test_a_run_that_was_cut_off_goes_on_with_its_splits(discs):
-    """What a killed run leaves: the splits, but no scan; other flags make new ones."""
-    flags = ("--label", "normal", "--split", "0.5", "0.25", "0.25")
-    run(discs / "raw", discs / "out", *flags)
-    record = read_record(discs / "out")
-    planned = dict.fromkeys(record["splits"], "val")
-    for folder in ("train", "val", "test"):
-        shutil.rmtree(discs / "out" / folder)
-    (discs / "out/dataset.json").write_text(json.dumps(record | {"splits": planned}))
-    for visit in (1, 2):
-        shutil.rmtree(discs / f"raw/OAS2_RAW_PART1/OAS2_0003_MR{visit}")  # away for a while, and not forgotten
-    run(discs / "raw", discs / "out", *flags)
-    assert read_record(discs / "out")["splits"] == planned
-    for folder in discs.glob("out/*/normal"):
-        shutil.rmtree(folder)
-    run(discs / "raw", discs / "out", *flags, "--seed", "1")
-    assert read_record(discs / "out")["splits"] != planned
-
-
 def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -281,35 +180,7 @@ def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, mon
     assert not list((tree / "out").rglob("*.partial"))
 
 
-def test_a_split_cannot_lead_out_of_the_store(discs):
-    run(discs / "raw", discs / "in/out", "--label", "normal")
-    record = read_record(discs / "in/out")
-    for splits in (dict.fromkeys(record["splits"], "../outside"), ["train"], None):
-        (discs / "in/out/dataset.json").write_text(json.dumps(record | {"splits": splits}))
-        with pytest.raises(DataError, match=r"dataset\.json: cannot be read .*; delete it"):
-            run(discs / "raw", discs / "in/out", "--label", "normal")
-    assert not (discs / "in/outside").exists()
-
-
-# Refusals.
-
-
-def test_a_label_that_changed_is_refused(discs):
-    assert run(discs / "raw", discs / "out", "--label", "normal", "--split", "0", "0", "1") == 0
-    with pytest.raises(DataError, match="is test/abnormal now; delete this folder"):
-        run(discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"))
-
-
-def test_values_of_the_table_are_mapped_by_flags_which_need_a_table(discs, capsys):
-    (discs / "table.csv").write_text("ID,Group\n" + "".join(f"OAS2_000{n},{'AB'[n % 2]} x\n" for n in range(1, 5)))
-    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--dry-run")
-    with pytest.raises(DataError, match=r"A x \(2 lines\), B x \(2 lines\)"):
-        run(*command)
-    assert run(*command, "--normal-values", "A x", "--abnormal-values", "b_x") == 0
-    assert "  test/abnormal: 4 scans of 2 subjects" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(discs / "raw", discs / "out", "--label", "normal", "--normal-values", "A")
-    assert "give it with --clinical" in capsys.readouterr().err
+# Refusals and warnings.
 
 
 def test_a_subject_in_the_store_on_the_other_side_is_refused(tree):
@@ -398,122 +269,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tree):
     for out in (tree / "file", tree / "file/out"):
         with pytest.raises(DataError, match=r"cannot be written.*--processed"):
             run(tree / "raw", out)
-
-
-# Flags.
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--keep", "0"], "--keep"),
-        (["--keep", "1.01"], "--keep"),
-        (["--size", "24"], "--size"),
-        (["--size", "0"], "--size"),
-        (["--fov-mm", "0"], "--fov-mm"),
-        (["--split", "0.5", "0.5", "0.1"], "--split"),
-        (["--split", "1.5", "-0.5", "0"], "--split"),
-        (["--workers", "0"], "--workers"),
-        (["--volume", "-1"], "--volume"),
-        (["--json", "--dry-run"], "--json"),
-        (["--axes", "RAL"], "--axes"),
-        (["--axes", "RASA"], "--axes"),
-        (["--subject-pattern", "p[0-9]+"], "--subject-pattern"),
-        (["--subject-pattern", "(p"], "--subject-pattern"),
-        (["--lab", "normal"], "--lab"),
-    ],
-)
-def test_wrong_usage_ends_with_2(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(flags)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_defaults_and_limits_of_flags():
-    args = parse([])
-    assert (args.keep, args.size, args.fov_mm, args.seed, args.modality) == (0.7, 128, None, 0, "t1")
-    assert args.split == [0.8, 0.1, 0.1]
-    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "100", "--workers", "1", "--volume", "0", "--axes", "asl"])
-    assert (args.keep, args.size, args.axes) == (1, 16, "ASL")
-
-
-def test_flags_of_the_cut_reach_the_slices(tree):
-    assert run(tree / "raw", tree / "out", "--keep", "0.5", "--fov-mm", "160", "--axes", "LPI", "--volume", "0") == 0
-    for scan in list_scans(tree / "out"):
-        record = scan.record
-        assert (record["keep"], record["pixel_mm"], record["volume"]) == (0.5, 160 / SIZE, 0)
-        assert record["axes_rule"] == ["LPI", None]
-
-
-def dry_run(raw, capsys, *flags):
-    """The lines of a dry run in which nothing needs to be read."""
-    assert run(raw, raw / "none", "--dry-run", *flags) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def test_flags_of_the_plan_reach_the_plan(tmp_path, capsys):
-    for subject in range(10):
-        for contrast in ("T1", "T2"):
-            (tmp_path / f"IXI00{subject}-Guys-0828-{contrast}.nii").touch()
-    (tmp_path / "table.csv").write_text("ID,CDR\n" + "".join(f"IXI00{i},{'' if i else 0}\n" for i in range(10)))
-    table = ("--clinical", str(tmp_path / "table.csv"))
-    first = "{}: {} scans of {} subjects in {} sessions in " + str(tmp_path)
-    plain = dry_run(tmp_path, capsys, "--label", "normal")
-    assert plain[:2] == [first.format("IXI", 10, 10, 10), "  train/normal: 8 scans of 8 subjects, 0 with a brain mask"]
-    assert dry_run(tmp_path, capsys, "--label", "normal", "--seed", "1") != plain
-    assert "T2.nii" in dry_run(tmp_path, capsys, "--label", "normal", "--modality", "t2")[2]
-    folder = dry_run(tmp_path, capsys, "--label", "normal", "--layout", "folder")
-    assert folder[0] == first.format("a folder of volumes", 10, 10, 10), "T1 is asked for"
-    assert dry_run(tmp_path, capsys, *table)[0] == first.format("IXI", 1, 1, 1)
-    assert dry_run(tmp_path, capsys, *table, "--blank-cdr", "normal")[0] == first.format("IXI", 10, 10, 10)
-
-
-# Scans that are gone or twice there.
-
-
-def test_a_scan_that_was_withdrawn_is_said_and_out_of_use(tree, capsys):
-    save_lesion(tree)
-    gone = save(tree / "raw/train/normal/gone_T1w.nii")
-    assert run(tree / "raw", tree / "out") == 0
-    gone.unlink()
-    capsys.readouterr()
-    assert run(tree / "raw", tree / "out", "--dry-run") == 0
-    assert (
-        f"would take {tree}/out/train/normal/gone_T1w out of use: {gone} is no longer taken" in capsys.readouterr().err
-    )
-    assert "gone_T1w" in read_places(tree / "out")
-    assert run(tree / "raw", tree / "out") == 0
-    place = tree / "out/.withdrawn/train/normal/gone_T1w"
-    assert capsys.readouterr().err.splitlines() == [
-        f"{gone}: is no longer taken; its slices are out of use, they lie in {place}"
-    ]
-    assert read_places(tree / "out") == {"a_T1w": "train/normal", "b_T1w": "val/normal", "c_T1w": "test/abnormal"}
-    assert read_record(tree / "out")["scans"]["train/normal"] == 1
-    assert (place / "scan.json").exists()
-    assert run(tree / "raw", tree / "out") == 0
-    assert capsys.readouterr().err == ""
-
-
-def test_scans_of_another_folder_stay_in_use(tree):
-    save(tree / "more/train/normal/d_T1w.nii")
-    run(tree / "raw", tree / "out")
-    run(tree / "more", tree / "out")
-    assert set(read_places(tree / "out")) == {"a_T1w", "b_T1w", "c_T1w", "d_T1w"}
-
-
-def test_a_copy_on_the_other_side_is_refused(tree):
-    content = (tree / "raw/train/normal/a_T1w.nii").read_bytes()
-    copy = tree / "raw/test/normal/other_T1w.nii.gz"
-    copy.parent.mkdir()
-    copy.write_bytes(gzip.compress(content))
-    for _ in range(2):
-        with pytest.raises(DataError, match="holds the same scan as") as error:
-            run(tree / "raw", tree / "out")
-        assert str(copy) in str(error.value)
-        assert "raw/train/normal/a_T1w.nii" in str(error.value)
-    copy.unlink()
-    assert run(tree / "raw", tree / "out") == 0
 
 
 def test_a_folder_that_is_not_the_stores_loses_nothing(tree):

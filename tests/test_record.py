@@ -7,7 +7,8 @@ import pytest
 
 from common.cli import DataError
 from preprocessing.record import read_record
-from tests.test_store import RECORD
+from preprocessing.store import read_scan
+from tests.test_store import RECORD, put
 
 BAD = {
     "subject": [None, 3, ["a"], "", {}],
@@ -94,3 +95,32 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
     (tmp_path / "scan.json").unlink()
     with pytest.raises(FileNotFoundError):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slices": ["../../../outside"]},
+        {"slices": [-1]},
+        {"slices": []},
+        {"slices": [True]},
+        {"slices": {"0": 1}},
+        {"size": "32"},
+        {"subject": ["a"]},
+        {"keep": {}},
+        None,
+    ],
+)
+def test_a_record_cannot_lead_out_of_its_folder(change, tmp_path):
+    folder = put(tmp_path).folder
+    (folder / "scan.json").write_text(json.dumps(RECORD | change if change else [RECORD]))
+    with pytest.raises(DataError, match=r"scan\.json"):
+        read_scan(folder)
+
+
+def test_a_record_that_cannot_be_read_is_refused(tmp_path):
+    folder = put(tmp_path).folder
+    for content in (b"", b"{", b"\xff", b"[" * 100_000):
+        (folder / "scan.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"scan\.json: cannot be read"):
+            read_scan(folder)
