@@ -21,7 +21,7 @@ if not __package__:
 import nibabel as nib
 import numpy as np
 
-from common.cli import DataError, HelpFormatter, run_script
+from common.cli import DataError, HelpFormatter, bounded, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 LISTING = "import sys, preprocessing.store as s; scans = list(s.list_scans(s.Path(sys.argv[1])))"
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--scans", type=int, nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans")
+    parser.add_argument(
+        "--scans", type=bounded(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
+    )
     args = parser.parse_args(argv)
-    if min(args.scans) < 50:
-        parser.error("--scans starts at 50")
     with tempfile.TemporaryDirectory() as temporary:
         table = measure_growth(args.scans, Path(temporary))
     print(f"{'':34}" + "".join(f"{count:>18,} scans" for count in args.scans))

@@ -23,12 +23,17 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import nibabel as nib
 import numpy as np
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 
-from common.cli import DataError, HelpFormatter, run_script
+from common.cli import DataError, HelpFormatter, bounded, run_script
 from preprocessing.scans import TREE, Scan, explain_no_scans, search
 from preprocessing.worker import CutSettings, preprocess_scan
 
@@ -106,12 +111,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--raw", type=Path, help="folder with train/, val/, test/; left out: a demo cohort is made")
-    parser.add_argument("--scans", type=int, default=8, help="how many of them")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each is timed; the best counts")
-    args = parser.parse_args(argv)
-    if min(args.scans, args.repeats) < 1:
-        parser.error("--scans and --repeats are at least 1")
-    return args
+    parser.add_argument("--scans", type=bounded(int, least=1), default=8, help="how many of them")
+    parser.add_argument(
+        "--repeats", type=bounded(int, least=1), default=3, help="how often each is timed; the best counts"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,13 +21,18 @@ from statistics import median
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import MODELS, PlainTraining, choose_pair, map_one_by_one
-from common.cli import HelpFormatter, run_script
+from common.cli import HelpFormatter, bounded, run_script
 from common.device import PRECISIONS, choose_precision, keep_freed_memory
 from models.anomaly import map_anomalies, reconstruct
 from models.calibration import Calibration
@@ -262,12 +267,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of each loop, in turn; the median counts")
-    parser.add_argument("--steps", type=int, default=6, help="optimiser steps a round")
-    parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
-    parser.add_argument("--scans", type=int, default=6, help="simulated scans to train on")
-    parser.add_argument("--slices", type=int, default=64, help="slices of each scan")
+    count = bounded(int, least=1)
+    parser.add_argument("--rounds", type=count, default=5, help="of each loop, in turn; the median counts")
+    parser.add_argument("--steps", type=count, default=6, help="optimiser steps a round")
+    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument(
+        "--size", type=bounded(int, least=16, multiple_of=16), default=128, help="pixels along each side of a slice"
+    )
+    parser.add_argument("--scans", type=count, default=6, help="simulated scans to train on")
+    parser.add_argument("--slices", type=count, default=64, help="slices of each scan")
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES), help="networks to train")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: as train.py chooses")
     return parser
@@ -276,11 +284,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("rounds", "steps", "batch_size", "scans", "slices"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
-    if args.size < 16 or args.size % 16:
-        parser.error("--size is a multiple of 16")
     with tempfile.TemporaryDirectory() as temporary:
         figures = compare(args, Path(temporary))
     print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()}))

@@ -8,7 +8,10 @@ dataset.json, metrics.json) keep their flags under `flags`, so that a record can
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,7 +22,22 @@ from typing import NoReturn
 import yaml
 from tqdm import tqdm
 
+from common.interrupts import SIGNALS, STOPPED
+
 NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they change nothing that is left on disk
+
+MOST_CONFIG_BYTES = 1 << 20
+CURES = {
+    errno.ENOSPC: "free some space; the same command goes on",
+    errno.EDQUOT: "free some space; the same command goes on",
+    errno.EFBIG: "free some space or raise the limit of a file's size; the same command goes on",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EACCES: "allow access to it or give another folder",
+    errno.EPERM: "allow access to it or give another folder",
+    errno.EROFS: "give another folder",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 log = logging.getLogger("brain-anomaly-autoencoder")
 
@@ -32,7 +50,8 @@ class _Console(logging.Handler):
     """Messages go to standard output, warnings and errors to standard error, above a progress bar if any."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        text = escape_controls(self.format(record))
+        tqdm.write(text, file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
 
 
 def set_up_logging(quiet: bool) -> None:
@@ -42,6 +61,16 @@ def set_up_logging(quiet: bool) -> None:
     log.setLevel(logging.WARNING if quiet or not _is_main() else logging.INFO)
 
 
+def escape_controls(text: str) -> str:
+    """One line that moves no cursor: control characters, which file names may hold, as `\\x1b`."""
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def explain(error: OSError) -> str:
+    """What went wrong and the cure, `No space left on device; free some space`, without the file's name."""
+    return f"{error.strerror or error}; {CURES.get(error.errno, 'check the path')}"
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's `main` and end with its exit code: 0 done, 1 bad data, 2 wrong usage, 3 some scans skipped.
 
@@ -49,17 +78,26 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _handle_signals(signal.default_int_handler)
     try:
-        sys.exit(main())
+        try:
+            code = main()
+            sys.stdout.flush()
+        finally:
+            _handle_signals(signal.SIG_IGN)  # the second Ctrl-C: what is left takes no time
     except BrokenPipeError:  # the reader of a long output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DataError, OSError) as error:
-        sys.exit(str(error) if _is_main() else 1)
+        code = 0
+    except DataError as error:
+        code = _complain(str(error))
+    except OSError as error:
+        code = _complain(f"{error.filename or 'standard output'}: {explain(error)}")
+    except MemoryError:
+        code = _complain("not enough memory; close other programs, or use fewer --workers or a smaller --batch-size")
     except KeyboardInterrupt:
-        if _is_main():
-            print("stopped; the same command goes on from what was saved", file=sys.stderr)
-        sys.exit(130)
+        _complain(STOPPED)
+        code = 130
+    sys.exit(code)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,10 +118,50 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+def bounded(
+    kind: type = float,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    multiple_of: int = 0,
+) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number within these limits, whole where kind is int."""
+    limits = (("above", above), ("at least", least), ("below", below), ("at most", most))
+    words = [f"{word} {limit:.15g}" for word, limit in limits if math.isfinite(limit)]
+    words += [f"a multiple of {multiple_of}"] if multiple_of else []
+    wanted = f"{'a whole' if kind is int else 'a'} number {', '.join(words)}".rstrip()
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            within = above < value < below and least <= value <= most  # which nan and infinity are not
+            if within and not (multiple_of and value % multiple_of):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: give {wanted}")
+
+    return read
+
+
+SEED = bounded(int, least=0, most=2**32 - 1)
+
+
 def list_flags(args: argparse.Namespace) -> dict:
     """The flags that made something, as plain values by name: what a record keeps under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {name: _make_plain(value) for name, value in flags.items()}
+
+
+def _handle_signals(handler) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def _complain(message: str) -> int:
+    """Print one line on standard error, from the main process alone; returns the exit code of bad data."""
+    if _is_main():
+        print(escape_controls(message), file=sys.stderr)
+    return 1
 
 
 def _is_main() -> bool:
@@ -94,8 +172,10 @@ def _is_main() -> bool:
 def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -> list[str]:
     """The file's flags as they would stand on the command line, but for those that stand there already."""
     try:
+        if not path.is_file() or path.stat().st_size > MOST_CONFIG_BYTES:
+            raise ValueError("no file, or one of more than 1 MB")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         parser.error(f"{path}: cannot be read as YAML or JSON ({' '.join(str(error).split())})")
     flags = content.get("flags", content) if isinstance(content, dict) else None
     if not isinstance(flags, dict):
@@ -111,6 +191,8 @@ def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -
         there = any(word.split("=")[0] in action.option_strings for word in given)
         if value is None or there:
             continue
+        if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"{path}: {name} is no value and no list of values")
         if isinstance(value, bool):
             arguments += [option] if value else action.option_strings[1:2]  # the second one is --no-…, where there is
         elif isinstance(value, list):

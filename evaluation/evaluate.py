@@ -15,14 +15,18 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import HelpFormatter, list_flags, parse_flags, run_script, set_up_logging
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
+from common.cli import HelpFormatter, bounded, list_flags, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from evaluation.predictor import Predictor
 from evaluation.single_scan import ScanFiles, predict_files
 from evaluation.test_set import TestSet, evaluate
 from preprocessing.images import parse_axes
 from preprocessing.layouts import ENDINGS
-from preprocessing.scans import name_scan
 
 EXAMPLE = """examples:
   python evaluation/evaluate.py --run runs/dae --data Dataset/processed/test --maps
@@ -42,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--brain-mask", type=Path, nargs="+", action="extend", metavar="FILE", help="of each --scan, in their order"
     )
     parser.add_argument("--axes", type=parse_axes, help="where a scan's axes point to if its header does not tell: ASL")
-    parser.add_argument("--volume", type=int, help="which volume of a --scan with several, from 0")
+    parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of a --scan with several, from 0")
     parser.add_argument("--out", type=Path, help="where to; left out: evaluation/, or scans/ for --scan, in the run")
     on_or_off = argparse.BooleanOptionalAction
     parser.add_argument("--maps", action=on_or_off, default=False, help="each scan's maps as NIfTI on its own grid")
@@ -54,13 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--false-positive-rate",
         "--false-alarms",
-        type=float,
+        type=bounded(above=0, below=1),
         default=0.05,
         metavar="RATE",
         help="share of normal scans that may be flagged",
     )
-    parser.add_argument("--smallest-ml", type=float, default=0.1, help="smallest region listed, ml")
-    parser.add_argument("--batch-size", type=int, default=32, help="slices reconstructed at a time")
+    parser.add_argument("--smallest-ml", type=bounded(least=0), default=0.1, help="smallest region listed, ml")
+    parser.add_argument("--batch-size", type=bounded(int, least=1), default=32, help="slices reconstructed at a time")
     add_device_flag(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output, nothing else")
@@ -76,17 +80,11 @@ def parse_panels(text: str) -> str:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the script as wrong usage does where flags do not go together."""
-    if not 0 < args.false_positive_rate < 1:
-        parser.error("--false-positive-rate is above 0, below 1")
-    if args.batch_size < 1:
-        parser.error("--batch-size is 1 or more")
     if args.brain_mask and len(args.brain_mask) != len(args.scan or ()):
         parser.error("--brain-mask takes one mask for each --scan")
     for path in args.scan or ():
         if not path.name.lower().endswith(ENDINGS):
             parser.error(f"{path}: is no scan by its name; --scan takes {', '.join(ENDINGS)}")
-    if args.scan and len({name_scan(path) for path in args.scan}) < len(args.scan):
-        parser.error("--scan: two files have the same name; give them one at a time, each with its own --out")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+from scipy import ndimage
 
 from common.cli import DataError
 from evaluation.predictor import Predictor
 from models.baselines import map_deviation
 from preprocessing.store import LoadedScan, StoredScan
+from preprocessing.volume import BRAIN_ML, find_box
 
 THICKEST_MM = 4.0  # between slices; the default model was tried on no thicker ones (docs/experiments.md)
-BRAIN_ML = (700, 2000)  # of an adult
 # Median z-score of a brain's intensity: up to 0.5 in healthy scans that were validated or trained on, 1.0 or more in
 # scans with dark for bright.
 HIGHEST_DEVIATION = 0.7
-FLIPS = {"upside down": 0, "back to front": 1}  # axes of a stack; left and right are too similar
+CLEARLY = 0.95  # of its deviation as the header says: what another orientation has to be below
+SLICES_COMPARED = 16  # of each orientation
+AXES = ("inferior-superior", "posterior-anterior", "left-right")  # of a stack
+ORDERS = {
+    "": (0, 1, 2),
+    f"with its {AXES[0]} and {AXES[1]} axes exchanged": (1, 0, 2),
+    f"with its {AXES[0]} and {AXES[2]} axes exchanged": (2, 1, 0),
+    f"with its {AXES[1]} and {AXES[2]} axes exchanged": (0, 2, 1),
+    "with all its axes moved on by one": (1, 2, 0),
+    "with all its axes moved on by two": (2, 0, 1),
+}
+# left and right are too similar
+FLIPS = {"": (), "upside down": (0,), "back to front": (1,), "upside down and back to front": (0, 1)}
+
+
+def is_seen(scan: StoredScan | LoadedScan, predictor: Predictor) -> bool:
+    """Whether the model was trained or calibrated on this scan, whatever its file is called."""
+    return not predictor.seen.isdisjoint(scan.hashes)
 
 
 def refuse_seen(scans: list[StoredScan], predictor: Predictor) -> None:
     """DataError where the model was trained or calibrated on one of the scans: it would score lower than a new one."""
-    seen = [scan for scan in scans if scan.source_hash in predictor.seen]
+    seen = [scan for scan in scans if is_seen(scan, predictor)]
     if seen:
         others = f", and on {len(seen) - 1} others of these" if seen[1:] else ""
         raise DataError(
@@ -48,21 +68,48 @@ def find_mismatches(scan: LoadedScan, predictor: Predictor) -> list[str]:
 
 def _find_odd_intensities(scan: LoadedScan, predictor: Predictor) -> list[str]:
     """Another contrast, or an orientation that the header does not have."""
-    deviation, *flipped = (
-        _measure_deviation(stack, scan.geometry.sampling_mm, predictor)
-        for stack in (scan.stack, *(np.flip(scan.stack, axis) for axis in FLIPS.values()))
-    )
+    deviation = _measure_deviation(scan.stack, scan.geometry.sampling_mm, predictor)
     found = []
     if deviation > HIGHEST_DEVIATION:
         found.append(
             f"the intensity of its brain lies {deviation:.1f} standard deviations from healthy scans' there (median; "
             f"up to {HIGHEST_DEVIATION} is common); another contrast, sequence or position?"
         )
-    return found + [
-        f"it looks more like a healthy brain {words} than as its header says; check its orientation"
-        for words, other in zip(FLIPS, flipped, strict=True)
-        if other < min(deviation, HIGHEST_DEVIATION)
-    ]
+    deviations = {}
+    for words, stack, sampling_mm in _list_orientations(scan, predictor.slices["keep"]):
+        deviations[words] = _measure_deviation(stack, sampling_mm, predictor)
+    best = min(deviations, key=deviations.get)
+    if deviations[best] < min(CLEARLY * deviations[""], HIGHEST_DEVIATION):
+        found.append(f"it looks more like a healthy brain {best} than as its header says; check its orientation")
+    return found
+
+
+def _list_orientations(scan: LoadedScan, keep: float) -> Iterator[tuple[str, np.ndarray, tuple[float, float]]]:
+    """(words, stack, sampling_mm) of a few slices of the scan as its header says, and as if that were wrong.
+
+    Its stack is cut out of itself anew, with cubic voxels; of another axis `keep` of the slices are kept, the middle
+    ones.
+    """
+    size, (slice_mm, pixel_mm) = scan.geometry.size, scan.geometry.sampling_mm
+    brain = ndimage.zoom(scan.stack.astype(np.float32), (slice_mm / pixel_mm, 1, 1), order=1)
+    brain = brain[find_box((brain > 0).T)]
+    for order_words, order in ORDERS.items():
+        turned = brain.transpose(order)
+        count = len(turned) if order[0] == 0 else max(1, round(keep * len(turned)))
+        step = -(-count // SLICES_COMPARED)
+        turned = turned[(len(turned) - count) // 2 :][:count:step]
+        stack = np.zeros((len(turned), size, size), np.float32)
+        inside, part = zip(*(_centre(length, size) for length in turned.shape[1:]), strict=True)
+        stack[:, inside[0], inside[1]] = turned[:, part[0], part[1]]
+        for flip_words, axes in FLIPS.items():
+            words = ", ".join(filter(None, (order_words, flip_words)))
+            yield words, np.flip(stack, axes), (step * pixel_mm, pixel_mm)
+
+
+def _centre(length: int, size: int) -> tuple[slice, slice]:
+    """(where in `size` places, which of `length` ones): the middles of both fall together."""
+    shared = min(length, size)
+    return tuple(slice((whole - shared) // 2, (whole - shared) // 2 + shared) for whole in (size, length))
 
 
 def _measure_deviation(stack: np.ndarray, sampling_mm: tuple[float, float], predictor: Predictor) -> float:

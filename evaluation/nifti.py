@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from common.files import write_atomically
+from common.files import make_folder, open_regular, replace_when_whole, write_atomically
 from evaluation.predictor import Prediction
+from preprocessing.store import LoadedScan
 
 BIDS_VERSION = "1.10.0"
 
@@ -20,16 +22,49 @@ BIDS_VERSION = "1.10.0"
 def write_maps(stem: Path, prediction: Prediction) -> None:
     """Write `<stem>_anomaly.nii.gz` and `<stem>_mask.nii.gz`, the voxels at or above the threshold."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    threshold = prediction.threshold
-    write_nifti(
-        Path(f"{stem}_anomaly.nii.gz"),
-        prediction.native_map,
-        prediction.affine,
-        "anomaly, times the scan's median",
-        2 * threshold,
-    )
-    about = f"anomaly at or above {threshold:.3f}"
-    write_nifti(Path(f"{stem}_mask.nii.gz"), make_mask(prediction), prediction.affine, about, 1)
+    write_map(Path(f"{stem}_anomaly.nii.gz"), prediction, "anomaly, times the scan's median")
+    write_map(Path(f"{stem}_mask.nii.gz"), prediction, f"anomaly at or above {prediction.threshold:.3f}", mask=True)
+
+
+def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False) -> None:
+    """Write a scan's map, or its mask, as NIfTI, whole or not at all; viewers open it with fitting colours.
+
+    The header says in `db_name` which scan it is of.
+    """
+    image = nib.Nifti1Image(make_mask(prediction) if mask else prediction.native_map, prediction.affine)
+    image.set_sform(prediction.affine, code="scanner")
+    if is_sheared(prediction.affine):
+        image.set_qform(None, code=0)  # it cannot say shears, and would lead elsewhere
+    else:
+        image.set_qform(prediction.affine, code="scanner")  # both, because viewers differ in which they read
+    image.header["descrip"] = about
+    image.header["db_name"] = name_owner(prediction.scan)
+    image.header["cal_max"] = 1 if mask else 2 * prediction.threshold
+    image.header.set_xyzt_units("mm")
+    with replace_when_whole(path) as partial:
+        nib.save(image, partial)
+
+
+def name_owner(scan: LoadedScan) -> str:
+    """What tells a scan's maps from another's, as long as `db_name` may be."""
+    return scan.hashes[0][:16] if scan.hashes else ""
+
+
+def read_owner(path: Path) -> str:
+    """What `name_owner` said of the scan that a map is of; "" for a file that is none of these maps."""
+    try:
+        with open_regular(path) as packed, gzip.open(packed) as file:
+            header = nib.Nifti1Header(file.read(348), check=False)
+        return header["db_name"].item().decode()
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
+    ):
+        return ""
 
 
 def make_mask(prediction: Prediction) -> np.ndarray:
@@ -37,18 +72,10 @@ def make_mask(prediction: Prediction) -> np.ndarray:
     return (np.nan_to_num(prediction.native_map, nan=-1) >= prediction.threshold).astype(np.uint8)
 
 
-def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray, about: str, top: float) -> None:
-    """Write values (I, J, K) as NIfTI, whole or not at all; viewers open it with colours from 0 to `top`."""
-    image = nib.Nifti1Image(values, affine)
-    # both, because viewers differ in which they read
-    image.set_qform(affine, code="scanner")
-    image.set_sform(affine, code="scanner")
-    image.header["descrip"] = about
-    image.header["cal_max"] = top
-    image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".{path.name}")
-    nib.save(image, partial)
-    os.replace(partial, path)
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes of a grid with that affine (4, 4) do not stand at right angles."""
+    axes = affine[:3, :3] / nib.affines.voxel_sizes(affine)
+    return not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3)
 
 
 def name_bids(scans: list[tuple[str, str | None]]) -> list[str]:
@@ -68,18 +95,18 @@ def name_bids(scans: list[tuple[str, str | None]]) -> list[str]:
 
 def write_bids_maps(folder: Path, name: str, prediction: Prediction) -> None:
     """The two maps of a scan in a BIDS derivative, each with its JSON sidecar; `name` is of `name_bids`."""
-    stem, threshold, row = folder / name, prediction.threshold, prediction.scan_row
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem, row = folder / name, prediction.scan_row
+    make_folder(stem.parent, folder)
     common = {"SpatialReference": "orig", "Sources": [prediction.scan.source], "Label": prediction.scan.label}
     common |= {"Score": row["score"], "PValue": row["p_value"]}
-    for ending, values, about, top, more in (
-        ("desc-anomaly_statmap", prediction.native_map, "Anomaly map; NaN where nothing was scored", 2 * threshold,
+    for ending, is_mask, about, more in (
+        ("desc-anomaly_statmap", False, "Anomaly map; NaN where nothing was scored",
          {"Units": "times the scan's median"}),
-        ("desc-anomaly_mask", make_mask(prediction), "Voxels at or above the calibrated threshold", 1,
-         {"Type": "Lesion", "Threshold": threshold}),
+        ("desc-anomaly_mask", True, "Voxels at or above the calibrated threshold",
+         {"Type": "Lesion", "Threshold": prediction.threshold}),
     ):  # fmt: skip
         path = Path(f"{stem}_{ending}.nii.gz")
-        write_nifti(path, values, prediction.affine, about, top)
+        write_map(path, prediction, about, is_mask)
         sidecar = json.dumps({"Description": about} | more | common, indent=1)
         write_atomically(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar.encode())
 

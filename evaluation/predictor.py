@@ -16,7 +16,7 @@ from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, sc
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
 from models.checkpoint import load_model
-from preprocessing.store import LoadedScan
+from preprocessing.store import LoadedScan, check_settings
 
 DETECTORS = {
     "score": "anomaly map of the model",
@@ -92,17 +92,29 @@ class Predictor:
                 f"{model_path}: was calibrated by an older version; delete it and run train.py again, which only "
                 "calibrates where last.pt is whole"
             )
-        return cls(
-            model=model.to(memory_format=torch.channels_last),
-            calibration=Calibration.from_state(content["calibration"]).to(device),
-            slices=content["slices"],
-            seen=frozenset(content["seen"]),
-            precision=PRECISIONS[content["precision"]],
-            **options,
-        )
+        try:
+            check_settings(content["slices"])
+            if content["calibration"]["intensity"].shape[-1] != content["slices"]["size"]:
+                raise ValueError("its calibration is of slices of another size")
+            return cls(
+                model=model.to(memory_format=torch.channels_last),
+                calibration=Calibration.from_state(content["calibration"]).to(device),
+                slices=content["slices"],
+                seen=frozenset(content["seen"]),
+                precision=PRECISIONS[content["precision"]],
+                **options,
+            )
+        except DataError as error:
+            raise DataError(f"{model_path}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{model_path}: does not hold a model of this version ({reason}); train again") from error
 
     def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
-        """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it."""
+        """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it.
+
+        DataError where its map is not of finite numbers: nothing can be said of the scan then.
+        """
         stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
         sampling_mm = scan.geometry.sampling_mm
         reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
@@ -111,6 +123,10 @@ class Predictor:
             "score": map_anomalies(stack, reconstruction, sampling_mm, self.calibration),
             "mse": torch.where(stack > 0, squares, torch.nan),
         }
+        if not maps["score"][stack > 0].isfinite().all():
+            raise DataError(
+                f"{scan.source}: its anomaly map is not of finite numbers; try --device cpu, or train again"
+            )
         if baselines:
             brightness = map_brightness(stack)
             deviation = map_deviation(stack, sampling_mm, self.calibration)

@@ -7,6 +7,7 @@ only the files listed at its end lie beside it.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 import warnings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 VIEWERS = 4  # of the scans with the highest scores; one takes up to 1 MB
 PICTURED = 60  # scans with pictures in the page, the highest scores first, so that it stays under 30 MB
+NAMES_LISTED = 12
 REGIONS = 8  # listed for a scan; regions.csv has them all
 HEADS = {  # column of the table of scans: (what it sorts by first, its classes: numbers, dropped on narrow screens)
     "scan": ("ascending", ""),
@@ -77,6 +79,7 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         title=f"Evaluation of {Path(content['run']).name}",
         about=f"{describe_counts(content)}. Data: {content['data']}. Run: {content['run']}.",
+        notices=list_notices(results),
         results=list_results(content),
         labels=[label for label in LABELS if content["counts"][label]],
         columns=[{"name": name, "first": HEADS[name][0], "kind": HEADS[name][1]} for name in columns],
@@ -85,7 +88,19 @@ def write_report(
         files={name: words for name, words in FILES.items() if (out / name).exists() or name == "metrics.json"},
         viewers={places[key]: page for key, page in viewers.items()},
     )
-    write_atomically(out / "report.html", page.encode())
+    write_atomically(out / "report.html", page.encode(errors="backslashreplace"))
+
+
+def list_notices(results: Results) -> list[str]:
+    """What a reader has to know before the figures."""
+    unknown = results.name_unknown()
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - NAMES_LISTED} more" if len(unknown) > NAMES_LISTED else ""
+    return [
+        f"{len(unknown)} abnormal scans have no lesion mask, so they count in no figure of voxels or slices: "
+        f"{', '.join(unknown[:NAMES_LISTED])}{more}."
+    ]
 
 
 def embed(path: Path) -> str:
@@ -118,7 +133,7 @@ def make_viewer(prediction: Prediction) -> str:
             cmap="inferno",
             symmetric_cmap=False,
             black_bg=True,
-            title=scan.name,
+            title=html.escape(scan.name),  # nilearn's page is no template of ours
         ).get_standalone()
     page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
     return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page
@@ -175,6 +190,7 @@ def describe_scans(out: Path, ranked: list[dict], results: Results, viewers: dic
                 "flagged": int(row["flagged"]),
                 "cells": _list_cells(row, worst[key], found),
                 "viewer": key in viewers,
+                "warnings": results.warnings.get(key, ()),
                 "pictures": _list_pictures(out, row, worst[key], embedded=place < PICTURED),
                 "regions": _list_regions(found[:REGIONS]),
                 "smaller_regions": len(found) - REGIONS,

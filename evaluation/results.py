@@ -33,6 +33,7 @@ class Results:
     def __init__(self, kinds: dict[str, str]):
         self.kinds = kinds
         self.slices, self.scans, self.regions, self.lesions = [], [], [], []
+        self.warnings = {}  # by (label, scan), where there are any
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
 
     def add(self, prediction: Prediction) -> None:
@@ -40,6 +41,8 @@ class Results:
         scan = prediction.scan
         self.slices += prediction.slice_rows
         self.scans.append(prediction.scan_row)
+        if scan.warnings:
+            self.warnings[scan.label, scan.name] = scan.warnings
         self.regions += [{"label": scan.label, "scan": scan.name} | region for region in prediction.regions]
         if scan.lesion is None:
             return
@@ -54,20 +57,29 @@ class Results:
     def list_counted_slices(self) -> list[dict]:
         """The slices that slice metrics are computed on: those with a lesion, and all slices of normal scans.
 
-        Where no lesion masks are known, every slice of an abnormal scan counts as abnormal.
+        A scan without a lesion mask has no say: which of its slices are abnormal is not known.
         """
-        masks_known = all(row["lesion_known"] for row in self.scans)
         return [
             row
-            for row in self.slices
-            if row["label"] == "normal" or not masks_known or row["lesion_voxels"] >= LESION_VOXELS
+            for row in self.list_known(self.slices)
+            if row["label"] == "normal" or row["lesion_voxels"] >= LESION_VOXELS
         ]
+
+    def list_known(self, rows: list[dict]) -> list[dict]:
+        """Those rows of slices or scans whose scan has a lesion mask, or is normal."""
+        unknown = {(row["label"], row["scan"]) for row in self.scans if not row["lesion_known"]}
+        return [row for row in rows if (row["label"], row["scan"]) not in unknown]
+
+    def name_unknown(self) -> list[str]:
+        """The abnormal scans whose lesions are not known."""
+        return [row["scan"] for row in self.scans if not row["lesion_known"]]
 
     def count(self) -> dict:
         """How many scans of each label, slices, subjects and lesions there are."""
         counts = {label: sum(row["label"] == label for row in self.scans) for label in LABELS}
         subjects = {row["subject"] for row in self.scans}
-        return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)}
+        unknown = {"without_lesion_mask": len(self.name_unknown())}
+        return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)} | unknown
 
     def measure(self, threshold: float, quiet: bool) -> dict[str, dict]:
         """All figures by detector, each with its sample sizes.
@@ -87,9 +99,10 @@ class Results:
                 sizes |= {"slices": len(rows)} if level == "slice" else {}
                 figures[f"{level}_auroc"] = auroc(labels, scores, subjects) | sizes
                 figures[f"{level}_ap"] = average_precision(labels, scores, subjects) | sizes
-        if self.voxels[name].hold_lesions() and all(row["lesion_known"] for row in self.scans):
-            counts = self.count()
-            sizes = {key: counts[key] for key in ("subjects", "slices", "lesions")} | {"scans": len(self.scans)}
+        if self.voxels[name].hold_lesions():
+            known = self.list_known(self.scans)
+            sizes = {"subjects": len({row["subject"] for row in known}), "slices": len(self.list_known(self.slices))}
+            sizes |= {"lesions": len(self.lesions), "scans": len(known)}
             voxels = self.voxels[name].figures(threshold)
             figures |= {key: value | sizes if isinstance(value, dict) else value for key, value in voxels.items()}
         return figures

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import DataError, log
+from common.cli import DataError, explain, log
 from common.files import write_figure
-from evaluation.input_check import find_mismatches
-from evaluation.nifti import write_maps
+from evaluation.input_check import find_mismatches, is_seen
+from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
 from evaluation.predictor import Prediction, Predictor
 from evaluation.test_set import explain_no_flag
-from preprocessing.worker import CutSettings, cut_scan
+from preprocessing.scans import spell
+from preprocessing.store import LoadedScan
+from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
 
 SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
+FILES = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png"}  # what is left of a scan: endings
+SEEN = "the model was trained or calibrated on this scan, so its score says nothing"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other scan would fare better
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,15 @@ class ScanFiles:
 def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
     """Take scans from their files to a verdict; returns (exit code, all that was found, as plain values)."""
     scans.out.mkdir(parents=True, exist_ok=True)
-    found, skipped = [], []
+    found, skipped, names = [], [], set()
     for path, mask in tqdm(scans.files, desc="predicting", unit="scan", disable=None if scans.bar else True):
         try:
-            found.append(predict_file(path, mask, scans, predictor))
-        except DataError as error:
-            if len(scans.files) == 1:
+            found.append(predict_file(path, mask, scans, predictor, names))
+        except (DataError, OSError) as error:
+            if len(scans.files) == 1 or getattr(error, "errno", None) in FULL:
                 raise
+            if isinstance(error, OSError):
+                error = f"{error.filename or path}: {explain(error)}"
             log.warning("skipped %s", error)
             skipped.append({"file": str(path), "why": str(error)})
     if not found:
@@ -55,14 +66,21 @@ def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
     return 3 if skipped else 0, asked | {"scans": found, "skipped": skipped}
 
 
-def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Predictor) -> dict:
-    """One scan's verdict, logged and returned; leaves its maps and a picture of its worst slices in `out`."""
+def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Predictor, names: set[str]) -> dict:
+    """One scan's verdict, logged and returned; leaves its maps and a picture of its worst slices in `out`.
+
+    names  those given to scans of this command already; this one's is added
+    """
     for file in (path, mask):
         if file and not file.is_file():
-            raise DataError(f"{file}: no such file; give --scan and --brain-mask files that are there")
+            why = "is no regular file" if file.exists() else "no such file"
+            raise DataError(f"{file}: {why}; give --scan and --brain-mask files that are there")
     slices = predictor.slices
     cut = CutSettings(slices["keep"], slices["size"], slices["size"] * slices["pixel_mm"], scans.volume)
     scan = cut_scan(path, mask, cut, scans.axes)
+    scan = replace(scan, name=choose_name(scan, scans.out, names))
+    names.add(scan.name)
+    seen = is_seen(scan, predictor)
     mismatches = [*scan.warnings, *find_mismatches(scan, predictor)]
     prediction = predictor.predict(scan, baselines=False)
     write_maps(scans.out / scan.name, prediction)
@@ -70,10 +88,10 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     row = prediction.scan_row
     title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its worst slices"
     write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
-    files = {"map": f"{scan.name}_anomaly.nii.gz", "mask": f"{scan.name}_mask.nii.gz", "picture": f"{scan.name}.png"}
+    files = {what: f"{scan.name}{ending}" for what, ending in FILES.items()}
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
-    verdict = "no verdict" if reason else "unusual" if row["flagged"] else "not unusual"
-    log_verdict(prediction, verdict, mismatches, predictor)
+    verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
+    log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
     log.info("  %s in %s", ", ".join(files.values()), scans.out)
     return {
         "file": str(path),
@@ -81,7 +99,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
         "score": row["score"],
         "p_value": row["p_value"],
         "threshold": prediction.threshold,
-        "unlike_training": mismatches,
+        "unlike_training": [SEEN] * seen + mismatches,
         "regions": prediction.regions,
         "slices": [{key: prediction.slice_rows[i][key] for key in ("slice", "score")} for i in shown],
         "files": {what: str(scans.out / name) for what, name in files.items()},
@@ -94,7 +112,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
     log.info(prediction.scan.source)
     level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.WARNING
     for mismatch in mismatches:
-        log.log(level, "  unlike what the model was trained on: %s", mismatch)
+        log.log(level, "  %s%s", "" if mismatch == SEEN else "unlike what the model was trained on: ", mismatch)
     rate = predictor.false_positive_rate
     p_value = f"score {row['score']:.2f}, p = {row['p_value']:.3f} ({known} healthy validation scans)"
     log.info("  %s at a false-positive rate of %g: %s", verdict, rate, p_value)
@@ -114,6 +132,32 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
         )
     if len(regions) > REGIONS_LISTED:
         log.info("    and %d smaller ones", len(regions) - REGIONS_LISTED)
+
+
+def choose_name(scan: LoadedScan, out: Path, names: set[str]) -> str:
+    """What a scan's files in `out` are called: as the scan, or with its folder's name where such files are not its own.
+
+    names  those of other scans of this command
+    """
+    for name in _list_names(scan):
+        if len(name.encode()) > MOST_NAME_BYTES:
+            raise DataError(f"{scan.source}: its name takes more than {MOST_NAME_BYTES} bytes; give it a shorter one")
+        files = [out / f"{name}{ending}" for ending in FILES.values()]
+        owner = name_owner(scan)
+        if name not in names and (not any(map(os.path.lexists, files)) or (owner and read_owner(files[0]) == owner)):
+            return name
+    raise AssertionError("names never end")
+
+
+def _list_names(scan: LoadedScan) -> Iterator[str]:
+    """T1, anna_T1, site_anna_T1 ... for /data/site/anna/T1.nii.gz, and then T1_2, T1_3 ..."""
+    name = scan.name
+    yield name
+    for folder in list(Path(os.path.abspath(scan.source)).parents)[:2]:
+        if folder.name:
+            name = f"{spell(folder.name)}_{name}"
+            yield name
+    yield from (f"{scan.name}_{number}" for number in itertools.count(2))
 
 
 def choose_apart(prediction: Prediction, count: int = 4) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 
 COLUMNS = {
@@ -24,6 +26,7 @@ def make_table(named: dict[str, dict]) -> pd.DataFrame:
     first = next(iter(named.values()))["figures"]
     rows = {title: first[detector] for detector, title in BASELINES.items()}
     for name, metrics in named.items():
+        name = " ".join(name.split())
         rows |= {f"{name}, {title}": metrics["figures"][detector] for detector, title in DETECTORS.items()}
     cells = [[format_figure(figures.get(column)) for column in COLUMNS] for figures in rows.values()]
     return pd.DataFrame(cells, index=list(rows), columns=list(COLUMNS.values()))
@@ -33,9 +36,11 @@ def describe_counts(metrics: dict) -> str:
     """The sample sizes in one sentence."""
     counts = metrics["counts"]
     lesions = f" with {counts['lesions']} lesions" if counts["lesions"] else ""
+    unknown = counts.get("without_lesion_mask")  # evaluations of older versions do not say
+    left_out = f"; {unknown} abnormal scans without a lesion mask count for scan figures alone" if unknown else ""
     return (
         f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}, {counts['slices']} slices, "
-        f"{counts['subjects']} subjects; 95 % intervals over subjects"
+        f"{counts['subjects']} subjects; 95 % intervals over subjects{left_out}"
     )
 
 
@@ -43,8 +48,16 @@ def format_markdown(named: dict[str, dict]) -> str:
     """The Markdown table of {name: metrics}, all of the same data, with the sample sizes in a sentence."""
     table = make_table(named)
     lines = ["| | " + " | ".join(table.columns) + " |", "|---|" + "---|" * len(table.columns)]
-    lines += [f"| {' | '.join([title, *cells])} |" for title, cells in zip(table.index, table.values, strict=True)]
+    lines += [
+        f"| {' | '.join([escape_markdown(title), *cells])} |"
+        for title, cells in zip(table.index, table.values, strict=True)
+    ]
     return "\n".join([*lines, "", describe_counts(next(iter(named.values()))) + "."])
+
+
+def escape_markdown(text: str) -> str:
+    """Text for a cell: nothing in it ends the cell, is a link, a picture or HTML."""
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", text)
 
 
 def format_latex(named: dict[str, dict]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
+import io
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import DataError, log
-from common.files import hold_folder, write_atomically, write_table
+from common.cli import DataError, explain, log
+from common.files import hold_folder, make_folder, open_regular, read_json, write_atomically, write_table
 from evaluation.figures import draw_figures
 from evaluation.input_check import refuse_seen
 from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
@@ -22,12 +24,20 @@ from evaluation.report import VIEWERS, make_viewer, write_report
 from evaluation.results import Results
 from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
 from models.calibration import count_needed_scans
+from preprocessing.cohort import refuse_copies
 from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 
 REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean")
 LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
-FOLDERS = ("error_maps", "montages", "maps", "bids")  # of pictures and maps, a file a scan
+MOST_TABLE_BYTES = 1 << 26
+BEGUN = ".evaluation.json"  # the settings of an evaluation that has not come to its end
+CURE = "give another --out, or delete it if it is of an evaluation"
+OWN = (  # what an evaluation may leave that the next one may not write again
+    "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
+    "bids/dataset_description.json", "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
+    "curves_*.png", "dice.png", "detectability.png", "calibration.png", "age.png", "report.html",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,22 +65,29 @@ class TestSet:
 
 def evaluate(test_set: TestSet, predictor: Predictor) -> tuple[int, dict]:
     """(exit code: 0, or 3 where scans were skipped; what metrics.json says)."""
-    scans = find_scans(test_set, predictor)
+    scans, bad = find_scans(test_set, predictor)
     kinds = read_kinds(test_set.lesions) if test_set.lesions else {}
     with hold_folder(test_set.out, "--out"):
-        return fill_folder(test_set, predictor, scans, kinds)
+        return fill_folder(test_set, predictor, scans, kinds, bad)
 
 
 def fill_folder(
-    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict[str, str]
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict[str, str], bad: int
 ) -> tuple[int, dict]:
-    """Leave all that an evaluation leaves, metrics.json last; returns what `evaluate` does."""
+    """Leave all that an evaluation leaves, metrics.json last; returns what `evaluate` does.
+
+    bad  how many scans have been skipped already
+    """
     settings = describe_settings(test_set, predictor, scans, kinds)
     if content := clear_folder(test_set.out, settings):
         log.info("%s holds this evaluation already; delete it to evaluate again", test_set.out)
-        log_figures(content)
-        return 3 if content["counts"]["skipped"] else 0, content
+        try:
+            log_figures(content)
+            return 3 if content["counts"]["skipped"] else 0, content
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{test_set.out / 'metrics.json'}: is no record of an evaluation; {CURE}") from error
     results, skipped = predict_scans(test_set, predictor, scans, kinds)
+    skipped += bad
     content = {
         "settings": settings,
         "flags": test_set.flags,
@@ -95,23 +112,30 @@ def fill_folder(
     return 3 if skipped else 0, content
 
 
-def find_scans(test_set: TestSet, predictor: Predictor) -> list[StoredScan]:
-    """The scans of the test set. DataError where there is none, or the model cannot be asked about them."""
-    data = test_set.data
-    scans = [scan for label in LABELS for scan in list_scans(data / label)]
+def find_scans(test_set: TestSet, predictor: Predictor) -> tuple[list[StoredScan], int]:
+    """(the scans of the test set, how many have a bad record). DataError where the model cannot be asked about them."""
+    data, bad = test_set.data, []
+    scans = [scan for label in LABELS for scan in list_scans(data / label, bad)]
+    for error in bad:
+        log.warning("skipped %s", error)
     if not scans:
         raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
     check_same_settings(scans, predictor.slices)
     refuse_seen(scans, predictor)
-    return scans
+    refuse_copies((scan.label, scan) for scan in scans)
+    return scans, len(bad)
 
 
 def read_kinds(path: Path) -> dict[str, str]:
     """{scan: kind of its lesions} from a table with these two columns."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["scan"]: row["kind"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            content = file.read(MOST_TABLE_BYTES + 1)
+        if len(content) > MOST_TABLE_BYTES:
+            raise ValueError(f"more than {MOST_TABLE_BYTES >> 20} MB")
+        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        return {row["scan"]: row["kind"] or "" for row in rows}
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); give --lesions a table as csv") from error
     except KeyError as error:
         raise DataError(f"{path}: has no column {error}; name its columns scan and kind") from error
@@ -140,40 +164,67 @@ def hash_records(scans: list[StoredScan]) -> str:
 
 
 def clear_folder(out: Path, settings: dict) -> dict | None:
-    """What metrics.json says if the folder holds this evaluation; else None, and nothing of an older one is left."""
-    done = out / "metrics.json"
-    if done.exists():
-        content = json.loads(done.read_text(encoding="utf-8"))
-        if content["settings"] == settings:
-            return content
-        done.unlink()  # first: it is written last and says that the rest is whole
-        for folder in FOLDERS:
-            shutil.rmtree(out / folder, ignore_errors=True)
+    """What metrics.json says if the folder holds this evaluation; else None, and nothing of an older one is left.
+
+    One that was interrupted goes on; of one with other settings the files that evaluations make are deleted.
+    """
+    done, begun = out / "metrics.json", out / BEGUN
+    older = []
+    for path in (done, begun):
+        with contextlib.suppress(FileNotFoundError):
+            content = read_json(path, CURE)
+            if "settings" not in content:
+                raise DataError(f"{path}: is no record of an evaluation; {CURE}")
+            if path == done and content["settings"] == settings:
+                return content
+            older.append(content["settings"])
+    if any(other != settings for other in older):
+        done.unlink(missing_ok=True)  # first: it is written last and says that the rest is whole
+        delete_own(out)
+    write_atomically(begun, json.dumps({"settings": settings}).encode())
     for folder in ("error_maps", "montages"):
         for label in LABELS:
-            (out / folder / label).mkdir(parents=True, exist_ok=True)
+            make_folder(out / folder / label, out)
     return None
+
+
+def delete_own(out: Path) -> None:
+    """Delete the files of an evaluation, and the folders that are empty then; no link is followed out of `out`."""
+    top, folders = out.resolve(), set()
+    for pattern in OWN:
+        for path in out.glob(pattern):
+            if path.parent.resolve().is_relative_to(top) and (path.is_file() or path.is_symlink()):
+                path.unlink()
+                folders |= {folder for folder in path.parents if folder.is_relative_to(out) and folder != out}
+    for folder in sorted(folders, reverse=True):  # the deepest first
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def predict_scans(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> tuple[Results, int]:
     """Predict every scan and write its maps and pictures; (what is kept of them, how many could not be read)."""
     out, results, skipped = test_set.out, Results(kinds), 0
+    for label in LABELS if test_set.maps else ():
+        make_folder(out / "maps" / label, out)
     if test_set.bids:
+        make_folder(out / "bids", out)
         model = hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest()
         write_bids_description(out / "bids", str(test_set.data), model)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
     for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
         try:
             prediction = predictor.predict(stored.load())
-        except DataError as error:
-            log.warning("skipped %s", error)
+            if test_set.maps:
+                write_maps(out / "maps" / stored.label / stored.name, prediction)
+            if test_set.bids:
+                write_bids_maps(out / "bids", bids_names[number], prediction)
+            draw_scan(out, prediction, test_set.panels)
+        except (DataError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+                raise
+            log.warning("skipped %s", f"{stored.folder}: {explain(error)}" if isinstance(error, OSError) else error)
             skipped += 1
             continue
-        if test_set.maps:
-            write_maps(out / "maps" / stored.label / stored.name, prediction)
-        if test_set.bids:
-            write_bids_maps(out / "bids", bids_names[number], prediction)
-        draw_scan(out, prediction, test_set.panels)
         results.add(prediction)
     if not results.scans:
         raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
@@ -187,17 +238,18 @@ def write_results(test_set: TestSet, predictor: Predictor, results: Results, con
     write_table(out / "scans.csv", results.scans)
     write_table(out / "regions.csv", results.regions, REGION_COLUMNS)
     write_table(out / "lesions.csv", results.lesions, LESION_COLUMNS)
-    write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode())
-    write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode())
+    write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode(errors="backslashreplace"))
+    write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode(errors="backslashreplace"))
     pictures = draw_figures(out, results, content)
     viewers = make_viewers(test_set, predictor, results.scans)
     write_report(out, content, results, pictures, viewers)
     write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
+    (out / BEGUN).unlink()
 
 
 def make_viewers(test_set: TestSet, predictor: Predictor, rows: list[dict]) -> dict[tuple[str, str], str]:
     """{(label, scan): page of an orthogonal viewer} of the few scans with the highest scores."""
-    stored = {(scan.label, scan.name): scan for label in LABELS for scan in list_scans(test_set.data / label)}
+    stored = {(scan.label, scan.name): scan for label in LABELS for scan in list_scans(test_set.data / label, [])}
     worst = sorted(rows, key=lambda row: -row["score"])[:VIEWERS]
     viewers = {}
     for row in tqdm(worst, desc="viewers", unit="scan", disable=test_set.quiet or None):

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from common.cli import DataError
 from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
 
 TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
@@ -98,12 +99,21 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
-        """The calibration that `to_state` wrote, on the devices of its tensors."""
+        """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
         values = {name: state[key] for name, key in STATE_KEYS.items()}
+        _refuse_no_numbers(values)
+        size = values["intensity"].shape[-1]
+        shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
+        shapes |= {"texture_edges": (2, TEXTURE_BINS - 1), "texture_factor": (2, TEXTURE_BINS, TEXTURE_BINS)}
+        shapes |= {name: (values[name].numel(),) for name in ("scan_scores", "slice_scores")}
+        wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
+        if wrong:
+            raise ValueError(f"the calibration's {', '.join(wrong)} do not fit")
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:
-        """What model.pt keeps of it: float32 tensors on the CPU."""
+        """What model.pt keeps of it: float32 tensors on the CPU. DataError where it holds no numbers."""
+        _refuse_no_numbers(vars(self))
         return {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
 
     def to(self, device: torch.device | str) -> Calibration:
@@ -154,6 +164,12 @@ class Calibration:
         healthy = self.scan_scores if level == "scan" else self.slice_scores
         allowed = math.floor(false_positive_rate * (len(healthy) + 1) + 1e-9) - 1  # healthy scores that may be as high
         return float(healthy[len(healthy) - 1 - allowed]) if allowed >= 0 else None
+
+
+def _refuse_no_numbers(fields: dict[str, torch.Tensor | float]) -> None:
+    for name, values in fields.items():
+        if not torch.as_tensor(values).isfinite().all():
+            raise DataError(f"the {name.replace('_', ' ')} of its calibration is not of finite numbers; train again")
 
 
 def compute_p_values(scores: float | Sequence[float] | torch.Tensor, healthy: torch.Tensor) -> torch.Tensor:

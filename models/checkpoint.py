@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.cli import DataError
-from common.files import write_atomically
+from common.files import open_regular, write_atomically
 from models.autoencoder import MODELS
+
+LARGEST, DEEPEST = 1 << 14, 10  # numbers in a config, levels
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -23,7 +26,14 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     """Read what `save_checkpoint` wrote. Raises DataError if it is missing, broken or would run code."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file) and any(part.compress_type for part in zipfile.ZipFile(file).infolist()):
+                raise ValueError("torch compresses nothing, and what is compressed may fill the memory")
+            file.seek(0)
+            content = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no record")
+        return content
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint; train first, or give --run the folder that has it") from error
     except Exception as error:  # torch.load raises whatever its parts raise on a broken file
@@ -40,8 +50,24 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     """(model in evaluation mode, the checkpoint's whole content) from a run's model.pt."""
     content = load_checkpoint(path, device)
     try:
+        with torch.device("meta"):  # without memory: a config may ask for any size
+            wanted = build_model(_check_config(content["config"])).state_dict()
+        if {name: values.shape for name, values in wanted.items()} != {
+            name: values.shape for name, values in content["weights"].items()
+        }:
+            raise ValueError("the weights are not those of the model")
         model = build_model(content["config"])
         model.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: does not hold a model of this version; train again") from error
+    if not all(values.isfinite().all() for values in model.state_dict().values()):
+        raise DataError(f"{path}: holds weights that are not finite numbers; train again")
     return model.to(device).eval(), content
+
+
+def _check_config(config: dict) -> dict:
+    """The config, if its numbers are a network's. ValueError else."""
+    numbers = [value for name, value in config.items() if name != "model"]
+    if not all(type(number) is int and 0 < number <= LARGEST for number in numbers) or config.get("depth", 1) > DEEPEST:
+        raise ValueError("the config is no network's")
+    return config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.cli import DataError
+from common.cli import DataError, log
 from preprocessing.clinical import Clinical, read_clinical
 from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
 from preprocessing.store import StoredScan
@@ -170,6 +171,33 @@ def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
                 f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "
                 "all scans of a subject belong in one split, move or delete one side"
             )
+
+
+def refuse_copies(sides: Iterable[tuple[str, StoredScan]]) -> None:
+    """Raise DataError if one scan, whatever it is called, is on two sides; takes (side, scan) pairs.
+
+    Copies on the same side are warned of: they count twice.
+    """
+    seen, copies = {}, []
+    for side, scan in sides:
+        others = [seen.setdefault(one, (side, scan)) for one in scan.hashes]
+        for other_side, other in others:
+            if other_side != side:
+                raise DataError(
+                    f"{scan.folder}: holds the same scan as {other.folder}, one is in {side} and one in {other_side}; "
+                    f"delete one of {scan.record['source']} and {other.record['source']}"
+                )
+        copies += [(scan, other) for _, other in others[:1] if other is not scan]
+    if copies:
+        (scan, other), more = copies[0], f", and {len(copies) - 1} more such" if copies[1:] else ""
+        log.warning("%s", f"{scan.folder}: holds the same scan as {other.folder}{more}; it counts twice, delete one")
+
+
+def find_withdrawn(raw: Path, scans: list[Scan], stored: list[StoredScan]) -> list[StoredScan]:
+    """The scans in the store that came from this folder and are no longer taken from it."""
+    planned, top = {(scan.split, scan.label, scan.name) for scan in scans}, os.path.abspath(raw)
+    gone = [old for old in stored if (old.split, old.label, old.name) not in planned]
+    return [old for old in gone if Path(os.path.abspath(old.record["source"])).is_relative_to(top)]
 
 
 def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:

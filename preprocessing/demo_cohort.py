@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,19 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import shield_workers, stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import nibabel as nib
 import numpy as np
 from joblib import Parallel, delayed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
-from common.cli import DataError, HelpFormatter, log, run_script, set_up_logging
-from common.files import write_atomically
+from common.cli import SEED, DataError, HelpFormatter, bounded, log, run_script, set_up_logging
+from common.files import replace_when_whole, write_atomically
 from preprocessing.simulator import KINDS, Template, load_template, simulate_scan
 
 DESCRIPTION = "simulated from the MNI152 template"
@@ -84,9 +88,8 @@ def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, orientation:
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = DESCRIPTION
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".part-{path.name}")
-    nib.save(image, unfinished)
-    os.replace(unfinished, path)
+    with replace_when_whole(path) as partial:
+        nib.save(image, partial)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -149,7 +152,8 @@ def make_cohort(raw: Path, settings: CohortSettings, workers: int = 1) -> tuple[
     if missing:
         template = load_template(settings.voxel_size_mm)
         jobs = (delayed(make_scan)(template, place, settings) for place in missing)
-        made = Parallel(n_jobs=workers, return_as="generator")(jobs)
+        with shield_workers():
+            made = Parallel(n_jobs=workers, return_as="generator")(jobs)
         for _ in tqdm(made, total=len(missing), unit="scan", disable=None):
             pass
     rows = ["scan,kind,volume_ml"]
@@ -169,18 +173,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--raw", type=Path, default=Path("Dataset/demo"), help="folder the scans go to")
-    parser.add_argument("--train", type=int, default=24, help="healthy scans to train on")
-    parser.add_argument("--val", type=int, default=20, help="healthy scans to validate on")
-    parser.add_argument("--test-normal", type=int, default=8, help="healthy scans to test on")
-    parser.add_argument("--test-abnormal", type=int, default=8, help="scans with a lesion to test on")
-    parser.add_argument("--voxel-size", type=float, default=2.0, help="mm, 0.8 to 8; scans vary around it")
+    scans = bounded(int, least=0)
+    parser.add_argument("--train", type=scans, default=24, help="healthy scans to train on")
+    parser.add_argument("--val", type=scans, default=20, help="healthy scans to validate on")
+    parser.add_argument("--test-normal", type=scans, default=8, help="healthy scans to test on")
+    parser.add_argument("--test-abnormal", type=scans, default=8, help="scans with a lesion to test on")
+    voxel_size = bounded(least=0.8, most=8)
+    parser.add_argument("--voxel-size", type=voxel_size, default=2.0, help="mm, 0.8 to 8; scans vary around it")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one for each core")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same bytes")
+    parser.add_argument("--seed", type=SEED, default=0, help="the same seed makes the same bytes")
     args = parser.parse_args(argv)
-    if min(args.train, args.val, args.test_normal, args.test_abnormal, args.seed) < 0:
-        parser.error("--train, --val, --test-normal, --test-abnormal and --seed are 0 or more")
-    if not 0.8 <= args.voxel_size <= 8:
-        parser.error("--voxel-size is 0.8 to 8 mm")
     if args.workers == 0:
         parser.error("--workers is not 0")
     return args

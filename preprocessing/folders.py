@@ -15,7 +15,8 @@ from preprocessing.subjects import identify, strip_ending
 
 # How the name of a file ends, and what the file then is; the first that matches counts.
 _ENDS = {
-    "lesion": r"(?:^|[_.-])(?:(?:lesions?|tumou?r|wmh|stroke)[_-]?(?:mask|seg|roi|label|manual)?|seg)$",
+    "lesion": r"(?:^|[_.-])(?:(?:label|desc|mask)[_-])?"
+    r"(?:(?:lesions?|tumou?r|wmh|stroke)[_-]?(?:mask|d?seg|rois?|label|manual)?|seg)$",
     "brain mask": r"(?:^|[_.-])bet[_-]bet$"
     r"|(?:^|[_.-])(?:[^\W_]*brain[^\W_]*|(?:hd[_-]?)?bet\d?|synthstrip|deepbet|robex)?[_-]?mask$",
     "stripped": r"(?:^|[_.-])(?:(?:hd[_-]?)?bet\d?|(?:skull[_-]?)?stripped|skullstrip|ss|synthstrip|deepbet|robex)$"
@@ -103,6 +104,16 @@ def arrange_folder(
                 else "a mask of no scan here"
             )
     return sorted(found, key=lambda one: one.path), sorted(left_out.items())
+
+
+def read_mask_name(name: str) -> tuple[str, str]:
+    """("lesion" or "brain mask", whose) of a file in a folder of masks, by its name without its ending; else ("", "").
+
+    Whose it is in small letters and without its contrast.
+    """
+    mask = _read_name(f"masks/{name}", {})
+    kind = "brain mask" if mask.kind == "brain" else mask.kind
+    return (kind, mask.plain) if kind in ("lesion", "brain mask") else ("", "")
 
 
 def _read_name(path: str, channels: dict[int, str]) -> _Volume:

@@ -7,22 +7,24 @@ to superior. A slice's first axis runs posterior to anterior and its second left
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy import sparse
 
 from common.cli import DataError
-from preprocessing.volume import Volume, find_box
+from preprocessing.oblique import StraightGrid
+from preprocessing.volume import Box, Volume, find_box
 
 SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
 MEDIAN = 0.62  # what half of the brain lies below
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
+ONE = 0x3C00  # the bits of 1 in float16; those of what is negative, infinite or no number are larger
 SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans resemble 2 mm ones
 
-Box = tuple[slice, slice, slice]  # along Z, Y and X
 Scale = tuple[float, float, float]  # (low, high, exponent) of `scale_intensity`
 
 
@@ -38,6 +40,7 @@ class Geometry:
     pixel_mm    side of a pixel
     size        pixels along each side of a slice
     slices      the kept slices' indices along the inferior-superior axis, rising
+    straight    the grid along the anatomical axes to which an oblique scan was brought first; None: it was not
     """
 
     shape: tuple[int, int, int]
@@ -48,18 +51,22 @@ class Geometry:
     pixel_mm: float
     size: int
     slices: tuple[int, ...]
+    straight: StraightGrid | None = None
 
     @classmethod
     def from_record(cls, record: dict) -> Geometry:
         """The geometry that a scan.json holds."""
         tuples = {name: tuple(record[name]) for name in ("shape", "spacing_mm", "centre", "slices")}
-        affine = tuple(tuple(row) for row in record["affine"])
-        return cls(affine=affine, **tuples, **{name: record[name] for name in ("axes", "pixel_mm", "size")})
+        affine, straight = _freeze(record["affine"]), record.get("straight")
+        if straight:
+            straight = StraightGrid(_freeze(straight["shape"]), _freeze(straight["affine"]))
+        plain = {name: record[name] for name in ("axes", "pixel_mm", "size")}
+        return cls(affine=affine, **tuples, **plain, straight=straight)
 
     def to_record(self) -> dict:
-        """Its fields as plain lists and numbers."""
-        lists = {name: list(value) for name, value in asdict(self).items() if isinstance(value, tuple)}
-        return asdict(self) | lists | {"affine": [list(row) for row in self.affine]}
+        """Its fields as plain lists and numbers; `straight` only where there is one."""
+        record = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in record.items() if value is not None}
 
     @property
     def slice_spacing_mm(self) -> float:
@@ -78,7 +85,9 @@ class Geometry:
 
     @property
     def canonical_shape(self) -> tuple[int, int, int]:
-        """(X, Y, Z): the file's shape in canonical order."""
+        """(X, Y, Z): of the grid that was cut, the file's in canonical order or the straight one."""
+        if self.straight:
+            return self.straight.shape
         shape = [0, 0, 0]
         for stored_axis, axis in enumerate(axcodes2ornt(self.axes)[:, 0].astype(int)):
             shape[axis] = self.shape[stored_axis]
@@ -87,12 +96,16 @@ class Geometry:
     @property
     def stack_affine(self) -> np.ndarray:
         """(4, 4) affine to scanner mm of a stack that is turned to (right, anterior, superior) pixels."""
-        to_stored = inv_ornt_aff(ornt_transform(axcodes2ornt(self.axes), axcodes2ornt("RAS")), self.shape)
+        if self.straight:
+            canonical = np.array(self.straight.affine)
+        else:
+            to_stored = inv_ornt_aff(ornt_transform(axcodes2ornt(self.axes), axcodes2ornt("RAS")), self.shape)
+            canonical = np.array(self.affine) @ to_stored
         steps = [self.pixel_mm / self.spacing_mm[axis] for axis in (0, 1)]
         corner = [self.centre[axis] - steps[axis] * (self.size - 1) / 2 for axis in (0, 1)]
         within = np.diag([*steps, 1.0, 1.0])
         within[:3, 3] = [*corner, self.slices[0]]
-        return np.array(self.affine) @ to_stored @ within
+        return canonical @ within
 
     def cut(self, volume: Volume, brain: np.ndarray, scale: Scale) -> np.ndarray:
         """The stack (n, size, size) float16 in [0, 1] of a scan: 0 outside the brain (X, Y, Z) and above 0 inside."""
@@ -138,6 +151,8 @@ class Geometry:
         canonical[:, :, self.slices] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).transpose(
             2, 1, 0
         )
+        if self.straight:
+            return self.straight.take_back(canonical, self.shape, np.array(self.affine))
         return apply_orientation(canonical, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(self.axes)))
 
     def _weigh_slices(self) -> tuple[np.ndarray, slice]:
@@ -186,7 +201,8 @@ def cut_stack(
     keep       the share of axial slices kept, the middle ones
     size       pixels along each side; fov_mm: their extent in mm, centred on the brain
 
-    Raises DataError where the brain is empty, constant or not finite.
+    Slices at the ends that turn out to hold nothing are left out. Raises DataError where the brain is empty, constant
+    or not finite, and where a slice would be.
     """
     geometry = place_stack(volume, brain, skull_off, keep, size, fov_mm)
     if volume.missing is not None and (volume.missing & brain).any():
@@ -197,7 +213,17 @@ def cut_stack(
         for b, s in zip(find_box(brain), volume.spacing_mm[::-1], strict=True)
     )
     scale = scale_intensity(volume.values.T[coarse][brain.T[coarse]])
-    return geometry.cut(volume, brain, scale), geometry, scale
+    stack = geometry.cut(volume, brain, scale)
+    bits = stack.view(np.uint16)  # of float16 from 0 to 1, in the order of the numbers; faster than these
+    if bits.max() > ONE:
+        raise DataError("its slices would not be numbers from 0 to 1; convert it again from its source")
+    holds = np.flatnonzero(bits.any(axis=(1, 2)))
+    if not len(holds):
+        raise DataError("no brain in the slices kept; check its orientation and its mask")
+    kept = slice(int(holds[0]), int(holds[-1]) + 1)
+    if len(holds) < kept.stop - kept.start:
+        raise DataError("a slice between others holds no brain; look at the mask")
+    return stack[kept], replace(geometry, slices=geometry.slices[kept]), scale
 
 
 def place_stack(volume: Volume, brain: np.ndarray, skull_off: bool, keep: float, size: int, fov_mm: float) -> Geometry:
@@ -238,7 +264,7 @@ def scale_intensity(values: np.ndarray) -> Scale:
     From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
     """
     low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
-    if not high > low:
+    if not high - low > 1e-6 * max(abs(low), abs(high)):  # float32 tells no finer
         raise DataError("is constant inside the brain; convert it again from its source")
     return low, high, float(np.log(MEDIAN) / np.log(np.clip((median - low) / (high - low), 0.2, 0.95)))
 
@@ -275,6 +301,11 @@ def _scale_planes(values: np.ndarray, brain: np.ndarray, low: float, high: float
         within[:] = mask
         scaled *= within
         yield plane
+
+
+def _freeze(value):
+    """Lists as tuples, at any depth."""
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
 def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -78,6 +78,14 @@ _BIDS_KEY = (
     r"(?:_(?!desc-|space-|ce-|label-)[a-z]+-[A-Za-z0-9]+)*)"
 )
 _BIDS_RAW = r"^(?!(?:.*/)?(?:derivatives|sourcedata)/)(?:.*/)?"
+# Drawn on the scan's own grid, as people and tools name it; a bare dseg of a pipeline is of tissues.
+_OWN_SPACE = "(?:_space-(?:T1w|orig|individual|native|scanner|anat))?"
+_BIDS_LESION = (
+    rf"^(?!.*(?:[fs]mriprep|freesurfer|fastsurfer|synthseg))(?:.*/)?{_BIDS_KEY}(?:_MODALITY)?{_OWN_SPACE}"
+    rf"(?:(?:_(?:desc|label)-(?:[^\W_]*lesions?[^\W_]*|L)){_OWN_SPACE}(?:_desc-[^\W_]+)?_(?:mask|roi|d?seg)"
+    r"|_lesions?(?:[_-](?:mask|roi|d?seg|manual|label))?|_dseg)"
+)
+_ENTITY = re.compile(r"_(?:acq|rec|run|mod)-[^\W_]+")  # may stand in a scan's name and not in its mask's, or only there
 _BRATS_IDS = (
     r"(?P<key>(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d+))/(?P=key)",
     r"(?P<key>[^/]+)/(?P=key)",
@@ -142,7 +150,7 @@ LAYOUTS = {
             "BIDS",
             (Kind(_BIDS_RAW + r"sub-[^/]+/(?:ses-[^/]+/)?anat/" + _BIDS_KEY + "_MODALITY"),),
             brain_mask=_BIDS_KEY + "(?:_space-T1w)?_desc-brain_mask",
-            lesion_mask=_BIDS_KEY + "(?:_space-T1w)?_(?:(?:desc-|label-)?lesion_(?:mask|roi))",
+            lesion_mask=_BIDS_LESION,
             modalities={"t1": "T1w", "t1ce": "ce-[A-Za-z0-9]+_T1w", "t2": "T2w", "flair": "FLAIR"},
         ),
         Layout(
@@ -192,7 +200,10 @@ def arrange(
     layout: Layout, paths: list[str], modality: str, pattern: str | None = None
 ) -> tuple[list[Found], list[tuple[str, str]]]:
     """Separate a layout's scans from everything else: (scans, [(path, why it is left out)]), in order of path."""
-    brains, lesions = (_key_masks(masks, paths) for masks in (layout.brain_mask, layout.lesion_mask))
+    brains, lesions = (
+        _key_masks(masks and masks.replace("MODALITY", layout.modalities.get(modality, "")), paths)
+        for masks in (layout.brain_mask, layout.lesion_mask)
+    )
     masks = {path for found in (brains, lesions) for path in found.values()}
     sessions, left_out = {}, []
     for path in sorted(paths, key=prefer):
@@ -240,15 +251,19 @@ def _match_kind(layout: Layout, path: str, modality: str) -> tuple[int, re.Match
 
 
 def _key_masks(pattern: str | None, paths: list[str]) -> dict[str, str]:
-    """Masks by the key of their scan, the first of each."""
+    """Masks by the key of their scan, the first of each, and by `key*` for what the key is without acq-, run- ..."""
     masks = {}
     for path in sorted(paths) if pattern else ():
         match = _match(pattern, path)
         if match:
             masks.setdefault(match["key"], path)
+            plain = _ENTITY.sub("", match["key"])
+            if plain != match["key"]:
+                masks.setdefault(f"{plain}*", path)
     return masks
 
 
 def _pick(masks: dict[str, str], key: str) -> str | None:
-    """The mask of a scan, which may go by the scan's name with or without its contrast."""
-    return masks.get(key) or masks.get(CONTRAST.sub("", key))
+    """The mask of a scan, which may go by the scan's name with or without its contrast, acquisition or run."""
+    keys = key, CONTRAST.sub("", key), _ENTITY.sub("", key), f"{key}*"
+    return next((masks[name] for name in keys if name in masks), None)

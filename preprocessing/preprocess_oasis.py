@@ -21,6 +21,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import shield_workers, stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import joblib
 import nibabel
 import numpy
@@ -29,17 +34,29 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
-from common.files import hold_folder, write_atomically
-from preprocessing.cohort import CohortRules, plan, refuse_mixture
+from common.cli import (
+    SEED,
+    DataError,
+    HelpFormatter,
+    bounded,
+    explain,
+    list_flags,
+    log,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
+from common.files import hold_folder, read_json, write_atomically
+from preprocessing.cohort import CohortRules, find_withdrawn, plan, refuse_copies, refuse_mixture
 from preprocessing.images import parse_axes
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
 from preprocessing.scans import LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
-from preprocessing.store import StoredScan, clear_leftovers, list_scans
+from preprocessing.store import StoredScan, clear_leftovers, list_scans, withdraw
 from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
+NAMES_LISTED = 12
 EXAMPLE = """examples:
   python preprocessing/preprocess_oasis.py --raw Dataset/demo/raw --processed Dataset/demo/processed
   python preprocessing/preprocess_oasis.py --raw OASIS-1 --clinical oasis_cross-sectional.csv --dry-run"""
@@ -47,7 +64,7 @@ EXAMPLE = """examples:
 
 def preprocess(args: argparse.Namespace) -> int:
     """Bring all scans of a folder into the store; returns the exit code: 0, or 3 where scans were skipped."""
-    stored = list(list_scans(args.processed))
+    stored = list(list_scans(args.processed, refused=[]))  # those with a bad record are made again
     rules = CohortRules(
         layout=args.layout,
         modality=args.modality,
@@ -62,12 +79,21 @@ def preprocess(args: argparse.Namespace) -> int:
         axes=args.axes,
     )
     found = plan(args.raw, args.processed, rules, stored, _read_splits(args))
+    withdrawn = find_withdrawn(args.raw, found.scans, stored)
     describe(args, found, stored)
     if args.dry_run:
+        for old in withdrawn:
+            log.warning("would take %s out of use: %s is no longer taken", old.folder, old.record["source"])
         for _, why in found.refused:
             log.warning("would skip %s", why)
         return 3 if found.refused else 0
     with hold_folder(args.processed, "--processed"):
+        clear_leftovers(args.processed)
+        for old in withdrawn:
+            source = old.record["source"]
+            log.warning(
+                "%s: is no longer taken; its slices are out of use, they lie in %s", source, withdraw(old.folder)
+            )
         return write_slices(args, found)
 
 
@@ -90,6 +116,7 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
             log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
     for note in found.notes:
         log.info(f"  {note}")
+    warn_of_masks(found)
     kept = len({key_subject(old.subject) for old in stored} & {key_subject(subject) for subject in subjects})
     if kept:
         log.info(f"  {kept} subjects have slices in {args.processed} and keep their split")
@@ -99,9 +126,35 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
             log.info(f"    {path}: {why}")
 
 
+def warn_of_masks(found: Search) -> None:
+    """Warn of masks that no scan has, and of abnormal scans that have none."""
+    unused = [Path(path).name for path, why in found.left_out if why.startswith(("a mask", "a lesion mask"))]
+    if unused:
+        log.warning("  %d masks belong to no scan that can have them: %s", len(unused), list_names(unused))
+    bare = [scan.name for scan in found.scans if scan.label == "abnormal" and scan.lesion_mask is None]
+    if bare:
+        why = "it is not known where they are abnormal, so they count in no figure of slices or voxels"
+        log.warning("  %d abnormal scans have no lesion mask: %s; %s", len(bare), list_names(bare), why)
+
+
+def warn_of_scans(stored: list[StoredScan]) -> None:
+    """Warn of what was not plain in the scans of the store, once each with the scans' names."""
+    groups = {}
+    for old in stored:
+        for warning in old.record.get("warnings", ()):
+            what, bracket, detail = warning.partition(" (")
+            groups.setdefault(what, []).append(old.name + bracket + detail)
+    for what, names in groups.items():
+        log.warning("%d scans: %s: %s", len(names), what, list_names(names))
+
+
+def list_names(names: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {len(names) - NAMES_LISTED} more" * (len(names) > NAMES_LISTED))
+
+
 def write_slices(args: argparse.Namespace, found: Search) -> int:
     """Bring the scans that were found into the store; returns the exit code."""
-    clear_leftovers(args.processed)
     was_cut_off = not _is_finished(args.processed)
     record = _begin_record(args, found)
     _write_record(args.processed, record)  # first, so that a run that is cut off goes on with the same splits
@@ -121,25 +174,29 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
         try:
             draw_contact_sheet(stored, args.processed)
         except OSError as error:
-            raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({error}); free some space") from error
+            raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({explain(error)})") from error
+    warn_of_scans(stored)
     _write_record(args.processed, record)  # last: "scans" in it says that the rest is complete
     log.info(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {len(skipped)} skipped; slices in {args.processed}"
     )
     if not counts["done"] + counts["unchanged"]:
         raise DataError(f"{args.raw}: not one of its {len(skipped)} scans could be used; see the lines above")
+    refuse_copies((f"{old.split}/{old.label}", old) for old in stored)
     refuse_mixture("have their skull off", ((old.record.get("skull_off"), old.folder) for old in stored))
     return 3 if skipped else 0
 
 
 def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str, str]]:
     """`preprocess_scan` of all scans, on this machine or on a cluster; what it returns, in the order of the scans."""
-    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume)
+    labels = tuple(sorted(set(args.lesion_labels))) if args.lesion_labels else None
+    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels)
     results = []
     with _work_on(args.dask):
-        running = Parallel(n_jobs=args.workers, return_as="generator")(
-            delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
-        )
+        with shield_workers():
+            running = Parallel(n_jobs=args.workers, return_as="generator")(
+                delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
+            )
         for state, why in tqdm(running, "preprocessing", len(scans), unit="scan", disable=args.quiet or None):
             if state == "skipped":
                 log.warning("skipped %s", why)
@@ -189,14 +246,16 @@ def _read_old_record(processed: Path) -> dict | None:
     """`dataset.json` of an earlier run, None where there is none. Its splits become folders, so they are checked."""
     path = processed / "dataset.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "delete it")
         if not set(record["splits"].values()) <= set(SPLITS):
             raise ValueError(f"its splits are not {', '.join(SPLITS)}")
         record["flags"]["split"], record["flags"]["seed"]  # there or a KeyError
         return record
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it") from error
 
 
@@ -218,7 +277,7 @@ def _write_record(processed: Path, record: dict) -> None:
     try:
         write_atomically(path, json.dumps(record, indent=1).encode())
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); give another --processed") from error
+        raise DataError(f"{path}: cannot be written ({explain(error)})") from error
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -246,34 +305,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(
-        "--split", type=float, nargs=3, metavar=tuple(SPLITS), default=[0.8, 0.1, 0.1], help="shares of normal subjects"
+        "--split",
+        type=bounded(least=0, most=1),
+        nargs=3,
+        metavar=tuple(SPLITS),
+        default=[0.8, 0.1, 0.1],
+        help="shares of normal subjects",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the split")
     parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
-    parser.add_argument("--volume", type=int, help="which volume of files with several, from 0")
-    parser.add_argument("--keep", type=float, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side of a slice")
-    parser.add_argument("--fov-mm", type=float, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="scans in work at a time")
+    parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of files with several, from 0")
+    parser.add_argument(
+        "--lesion-labels",
+        type=bounded(int, least=1),
+        nargs="+",
+        metavar="LABEL",
+        help="labels in lesion masks that are lesion; left out: all above 0",
+    )
+    share, side = bounded(above=0, most=1), bounded(int, least=16, most=1024, multiple_of=16)
+    width = bounded(least=100, most=1000)
+    parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
+    parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
+    parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
+    workers = bounded(int, least=1)
+    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans in work at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be done, file by file")
     parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; warnings remain")
     parser.add_argument("--json", action="store_true", help="print dataset.json on standard output and nothing else")
     args = parse_flags(parser, argv)
-    wrong = {
-        "--keep is a share of the slices: above 0, at most 1": not 0 < args.keep <= 1,
-        "--size is a multiple of 16": args.size < 16 or args.size % 16,
-        "--fov-mm is above 0": args.fov_mm is not None and args.fov_mm <= 0,
-        "--split is three shares that sum to 1": min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6,
-        "--workers is at least 1": args.workers < 1,
-        "--json is about what was done, --dry-run does nothing; leave one out": args.json and args.dry_run,
-        "--normal-values and --abnormal-values are about a table; give it with --clinical": not args.clinical
-        and (args.normal_values or args.abnormal_values),
-        "--volume counts from 0": args.volume is not None and args.volume < 0,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    if abs(sum(args.split) - 1) > 1e-6:
+        parser.error("--split is three shares that sum to 1")
+    if args.json and args.dry_run:
+        parser.error("--json is about what was done, --dry-run does nothing; leave one out")
+    if (args.normal_values or args.abnormal_values) and not args.clinical:
+        parser.error("--normal-values and --abnormal-values are about a table; give it with --clinical")
     return args
 
 

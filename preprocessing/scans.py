@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import DataError
-from preprocessing.folders import arrange_folder
+from preprocessing.folders import arrange_folder, read_mask_name
 from preprocessing.layouts import CONTRAST, LAYOUTS, arrange, name_contrast, recognise
 from preprocessing.subjects import find_ambiguous, strip_ending, unify
 from preprocessing.vocabulary import ENDINGS
@@ -19,6 +21,7 @@ SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
 LABELS = ("normal", "abnormal")
 TREE = "split/label tree"
+NO_SCAN = "a mask of no scan here"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ class Search(NamedTuple):
 
 def name_scan(path: Path) -> str:
     """`ID_T1w` for `.../ID_T1w.nii.gz`."""
-    return strip_ending(path.name)
+    return spell(strip_ending(path.name))
+
+
+def spell(name: str) -> str:
+    """A file's name as text: what is no UTF-8 in it, in the way of URLs."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", name)
 
 
 def search(
@@ -67,8 +75,9 @@ def search(
 
     Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
     may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
-    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain` and `<id>_lesion`, where
-    id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion masks.
+    left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain`, `<id>_lesion` or as
+    tools name them, where id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion
+    masks.
     `pattern` says the subject of each path; without it `subjects.identify` does.
     """
     if not raw.is_dir():
@@ -81,10 +90,8 @@ def search(
         found = _search_folder(raw, layout, modality, besides, pattern)
     else:
         parts = []
-        for split, label in places:
-            part = _search_folder(raw / split / label, None, modality, besides, pattern)
-            masks = {name_scan(path): path for path in list_volumes(raw / split / "masks")}
-            parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
+        for split in SPLITS:
+            parts += _search_split(raw, split, modality, besides, pattern)
         layouts = sorted({part.layout for part in parts if part.scans} - {"folder"})
         name = f"{TREE} of {', '.join(layouts)}" if layouts else TREE
         found = Search(name, *(_join(lists) for lists in list(zip(*parts, strict=True))[1:]))
@@ -105,17 +112,41 @@ def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
 
 def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
     """The image files under a folder in order of path; each folder once, though links may lead to it in circles."""
+    return walk(folder, besides)[0]
+
+
+def walk(
+    folder: Path, besides: Path | None = None
+) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """(image files; those that are none but by their name, with why; folders that cannot be read, with why)."""
     seen = {os.path.realpath(besides)} if besides else set()
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    files, passed_over, closed = [], [], []
+
+    def note(error: OSError) -> None:
+        path = Path(error.filename)
+        closed.append((path, f"{path}: cannot be read ({error.strerror}), nor what is in it; allow access to it"))
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=note):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-    return sorted(files)
+        for path in (Path(place, name) for name in names if name.lower().endswith(ENDINGS) and name[0] != "."):
+            if _is_special(path):
+                passed_over.append((path, "no regular file"))
+            else:
+                files.append(path)
+    return sorted(files), sorted(passed_over), sorted(closed)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a fifo, a device or a socket, which reading may never end; a file that is lost is not."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
@@ -138,7 +169,8 @@ def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
 def _search_folder(
     folder: Path, layout: str | None, modality: str, besides: Path | None, pattern: str | None
 ) -> Search:
-    paths = [path.relative_to(folder).as_posix() for path in list_volumes(folder, besides)]
+    files, passed_over, closed = walk(folder, besides)
+    paths = [path.relative_to(folder).as_posix() for path in files]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
     if modality not in rules.modalities:
         raise DataError(f"{folder}: the layout {rules.name} has no {modality}; it has {', '.join(rules.modalities)}")
@@ -151,11 +183,11 @@ def _search_folder(
     scans = [
         Scan(
             path=folder / one.path,
-            name=one.name,
+            name=spell(one.name),
             split="",
             label="",
-            subject=one.identity.subject,
-            session=one.identity.session,
+            subject=spell(one.identity.subject),
+            session=spell(one.identity.session),
             brain_mask=folder / one.brain_mask if one.brain_mask else None,
             lesion_mask=folder / one.lesion_mask if one.lesion_mask else None,
             axes=one.axes,
@@ -166,7 +198,18 @@ def _search_folder(
         for one in found
         if one.identity
     ]
-    return Search(rules.name, scans, [(str(folder / path), why) for path, why in left_out], refused)
+    left_out = [(str(folder / path), why) for path, why in left_out] + [(str(path), why) for path, why in passed_over]
+    return Search(rules.name, scans, left_out, refused + [(str(path), why) for path, why in closed])
+
+
+def _search_split(raw: Path, split: str, modality: str, besides: Path | None, pattern: str | None) -> list[Search]:
+    """What the split of a tree holds: of each label, and the masks beside that no scan has."""
+    labels, masks = [label for label in LABELS if (raw / split / label).is_dir()], _index_masks(raw / split / "masks")
+    parts = []
+    for label in labels:
+        part = _search_folder(raw / split / label, None, modality, besides, pattern)
+        parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
+    return [*parts, Search("folder", [], _list_unused(masks, parts), [])]
 
 
 def _read_channels(folder: Path) -> dict[int, str]:
@@ -180,19 +223,38 @@ def _read_channels(folder: Path) -> dict[int, str]:
         return {}
 
 
-def _place(scan: Scan, split: str, label: str, masks: dict[str, Path]) -> Scan:
+def _index_masks(folder: Path) -> dict[tuple[str, str], Path]:
+    """{(kind, whose): path} as `folders.read_mask_name` reads them; ("", name) of those that it cannot read."""
+    masks = {}
+    for path in list_volumes(folder):
+        kind, whose = read_mask_name(name_scan(path))
+        masks.setdefault((kind, whose or name_scan(path)), path)
+    return masks
+
+
+def _place(scan: Scan, split: str, label: str, masks: dict[tuple[str, str], Path]) -> Scan:
     """The scan with the split, label and masks that the tree gives it."""
-    ids = (scan.name, CONTRAST.sub("", scan.name))
-    brain, lesion = (
-        next((masks[f"{i}_{kind}"] for i in ids if f"{i}_{kind}" in masks), None) for kind in ("brain", "lesion")
-    )
+    whose = CONTRAST.sub("", scan.name).lower()
+    lesion = masks.get(("lesion", whose)) or scan.lesion_mask
     return replace(
         scan,
         split=split,
         label=label,
-        brain_mask=brain or scan.brain_mask,
-        lesion_mask=(lesion or scan.lesion_mask) if label == "abnormal" else None,
+        brain_mask=masks.get(("brain mask", whose)) or scan.brain_mask,
+        lesion_mask=lesion if label == "abnormal" else None,
     )
+
+
+def _list_unused(masks: dict[tuple[str, str], Path], parts: list[Search]) -> list[tuple[str, str]]:
+    """[(path, why)] of the masks that no scan has."""
+    scans = [scan for part in parts for scan in part.scans]
+    used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
+    normal = {CONTRAST.sub("", scan.name).lower() for scan in scans if scan.label == "normal"}
+    return [
+        (str(path), "a lesion mask, but its scan is normal" if (kind, whose in normal) == ("lesion", True) else NO_SCAN)
+        for (kind, whose), path in masks.items()
+        if path not in used
+    ]
 
 
 def _join(lists):

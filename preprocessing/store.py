@@ -15,18 +15,23 @@ import contextlib
 import io
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.cli import DataError
-from preprocessing.geometry import Geometry, Scale
-from preprocessing.scans import LABELS
+from common.cli import DataError, log
+from common.files import make_folder, open_regular, replace_when_whole
+from preprocessing.geometry import ONE, Geometry, Scale
+from preprocessing.record import find_wrong_settings, read_record
+from preprocessing.scans import LABELS, SPLITS
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
+WITHDRAWN = ".withdrawn"  # folder of a store for scans that are no longer what they were made from
+OURS = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json")  # the names in a scan's folder
+LEFTOVER = re.compile(r"\..+\.\d+\.(?:partial|old)", re.DOTALL)  # of `_write_folder`
 _SETTINGS: dict[tuple, tuple] = {}  # each combination once, whatever number of scans were made with it
 
 
@@ -41,6 +46,7 @@ class LoadedScan:
     skull_off     whether the stack shows the brain alone
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
     brain_ml      volume of the brain mask, where the scan comes from its file
+    hashes        which scan it is, see `StoredScan`
     warnings      what a reader should know before trusting the scan
     """
 
@@ -58,17 +64,23 @@ class LoadedScan:
     age: float | None = None
     sex: str | None = None
     brain_ml: float | None = None
+    hashes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StoredScan:
-    """A scan's folder in the store, and what an index of many thousand scans needs to know of each."""
+    """A scan's folder in the store, and what an index of many thousand scans needs to know of each.
+
+    Two scans are one where they share a hash: that of the voxels (`identity.hash_voxels`), which comes first, or that
+    of the file, half of its SHA-256. Slices of older versions have the latter alone.
+    """
 
     folder: Path
     subject: str
     indices: Sequence[int]  # the kept slices' indices along the inferior-superior axis, rising
     settings: tuple  # the values of SAME_SETTINGS
+    hashes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,17 +102,11 @@ class StoredScan:
     @property
     def record(self) -> dict:
         """All of scan.json, read anew each time: 100,000 of them would fill the memory."""
-        return _read_record(self.folder)
+        return read_record(self.folder)
 
     @property
     def geometry(self) -> Geometry:
         return Geometry.from_record(self.record)
-
-    @property
-    def source_hash(self) -> str:
-        """Identifies the scan's own file, whatever its name: half of its SHA-256."""
-        record = self.record
-        return record["sources"][Path(record["source"]).name][:32]
 
     def load(self) -> LoadedScan:
         """The scan with its slices. Raises DataError where one is broken."""
@@ -114,12 +120,14 @@ class StoredScan:
             stack=self.read_stack(),
             lesion=self.read_lesion(),
             geometry=Geometry.from_record(record),
+            hashes=self.hashes,
             scale=tuple(record["scale"]),
             skull_off=record["skull_off"],
             lesion_voxels=None if lesion_voxels is None else tuple(lesion_voxels),
             session=record.get("session") or "",
             age=record.get("age"),
             sex=record.get("sex"),
+            warnings=tuple(record.get("warnings", ())),
         )
 
     def read_stack(self) -> np.ndarray:
@@ -147,7 +155,7 @@ def name_slice(index: int) -> str:
 def read_slice(path: Path, size: int) -> np.ndarray:
     """One slice (size, size). Raises DataError for a file that is missing, broken or of another size."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             values = np.lib.format.read_array(file, allow_pickle=False)  # np.load would open archives too
     except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete its folder and preprocess again") from error
@@ -156,62 +164,100 @@ def read_slice(path: Path, size: int) -> np.ndarray:
             f"{path}: {values.dtype} of shape {values.shape} instead of numbers of {(size, size)}; "
             "delete its folder, preprocess again"
         )
+    within = (
+        values.view(np.uint16).max() <= ONE if values.dtype == np.float16 else 0 <= values.min() <= values.max() <= 1
+    )
+    if not within:
+        raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
     return values
 
 
 def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, record: dict) -> None:
     """Write a scan's slices, its lesion mask (same shape, or None) and its record: whole, or nothing."""
-    lesion_folder = _mask_folder(folder)
+    lesion_folder, processed = _mask_folder(folder), folder.parents[2]
+    for parent in {folder.parent, lesion_folder.parent} if lesion is not None else {folder.parent}:
+        make_folder(parent, processed)
     if lesion is not None:
         _write_folder(lesion_folder, lesion, record["slices"], None)
     elif folder.parent.name == "abnormal":
-        shutil.rmtree(lesion_folder, ignore_errors=True)
+        _delete(lesion_folder)
     try:
         _write_folder(folder, stack, record["slices"], record)  # last: a scan with a scan.json is complete
     except OSError:
         if lesion is not None:
-            shutil.rmtree(lesion_folder, ignore_errors=True)
+            _delete(lesion_folder)
         raise
 
 
-def read_scan(folder: Path) -> StoredScan | None:
-    """The scan in this folder, or None where it was not written to its end.
+def change_record(folder: Path, **changes) -> None:
+    """Change what a scan's scan.json says."""
+    with replace_when_whole(folder / "scan.json") as partial:
+        partial.write_text(_format_record(read_record(folder) | changes))
 
-    What scan.json says is checked, so that nothing in it can lead to a file outside the folder.
-    """
+
+def read_scan(folder: Path) -> StoredScan | None:
+    """The scan in this folder, or None where it was not written to its end. DataError where its record is bad."""
     try:
-        record = _read_record(folder)
+        record = read_record(folder)
     except FileNotFoundError:
         return None
-    slices = record.get("slices")
-    if not (
-        isinstance(record.get("subject"), str)
-        and isinstance(slices, list)
-        and slices
-        and all(type(index) is int and index >= 0 for index in slices)
-        and type(record.get("size")) is int
-    ):
-        raise DataError(
-            f"{folder / 'scan.json'}: lacks a valid subject, slices or size; delete the folder, preprocess again"
-        )
+    slices = record["slices"]
     run = range(slices[0], slices[-1] + 1)
-    settings = tuple(record.get(setting) for setting in SAME_SETTINGS)
-    try:
-        settings = _SETTINGS.setdefault(settings, settings)
-    except TypeError as error:
-        raise DataError(f"{folder / 'scan.json'}: its settings are no values; delete it, preprocess again") from error
-    return StoredScan(folder, record["subject"], run if slices == list(run) else tuple(slices), settings)
+    settings = tuple(record[setting] for setting in SAME_SETTINGS)
+    settings = _SETTINGS.setdefault(settings, settings)
+    hashes = (record.get("content"), record["sources"][Path(record["source"]).name][:32])
+    slices = run if slices == list(run) else tuple(slices)
+    return StoredScan(folder, record["subject"], slices, settings, tuple(filter(None, hashes)))
 
 
-def list_scans(root: Path) -> Iterator[StoredScan]:
-    """The finished scans under a folder of the store at any depth (a split, a label or the whole), in order of path."""
+def list_scans(root: Path, refused: list[DataError] | None = None) -> Iterator[StoredScan]:
+    """The finished scans under a folder of the store at any depth (a split, a label or the whole), in order of path.
+
+    One with a bad record takes only itself out: it is added to `refused` or, left out, named in a warning.
+    """
     for place, folders, _ in os.walk(root):
         is_label = Path(place).name in LABELS
         # A scan may be called `masks`; the folder of that name beside the labels holds lesion masks.
         folders[:] = sorted(name for name in folders if not name.startswith(".") and (is_label or name != "masks"))
-        if is_label:
-            yield from filter(None, (read_scan(Path(place, name)) for name in folders))
-            folders.clear()  # what lies in a scan's folder is in its scan.json: 100 slices a scan need not be listed
+        if not is_label:
+            continue
+        for name in folders:
+            try:
+                scan = read_scan(Path(place, name))
+            except DataError as error:
+                if refused is None:
+                    log.warning("skipped %s", error)
+                else:
+                    refused.append(error)
+                continue
+            if scan:
+                yield scan
+        folders.clear()  # what lies in a scan's folder is in its scan.json: 100 slices a scan need not be listed
+
+
+def withdraw(folder: Path) -> Path:
+    """Take a scan out of the store, so that nothing trains on it any more; returns where it lies now."""
+    split, processed = folder.parents[1].name, folder.parents[2]
+    target = processed / WITHDRAWN / split / folder.parent.name / folder.name
+    number = 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{folder.name}.{number}")
+    moves = [(folder, target)]
+    if folder.parent.name == "abnormal":  # a normal scan of that name has no say in its masks
+        moves.append((_mask_folder(folder), _mask_folder(target)))
+    for source, new in moves:
+        if source.is_dir():
+            make_folder(new.parent, processed)
+            os.rename(source, new)
+    return target
+
+
+def check_settings(settings: dict) -> None:
+    """ValueError where a model's record of its training slices' settings cannot be true."""
+    wrong = find_wrong_settings(settings)
+    if wrong:
+        raise ValueError(f"its slices' {wrong}")
 
 
 def check_same_settings(scans: list[StoredScan], like: dict | None = None) -> dict:
@@ -234,21 +280,13 @@ def check_same_settings(scans: list[StoredScan], like: dict | None = None) -> di
     return first
 
 
-def _read_record(folder: Path) -> dict:
-    path = folder / "scan.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete the folder, preprocess again") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: holds no record of a scan; delete the folder, preprocess again")
-    return record
-
-
 def _mask_folder(folder: Path) -> Path:
     return folder.parents[1] / "masks" / folder.name
+
+
+def _format_record(record: dict) -> str:
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    return f"{{\n{lines}\n}}\n"
 
 
 def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: dict | None) -> None:
@@ -258,35 +296,54 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
     """
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
-        partial.mkdir(parents=True)
+        _delete(partial)
+        partial.mkdir()
         stack = np.ascontiguousarray(stack)
         header = io.BytesIO()  # the same for all, where np.save would make it again for each
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(stack[0]))
         for index, values in zip(indices, stack, strict=True):
             (partial / name_slice(index)).write_bytes(header.getvalue() + values.tobytes())
         if record is not None:
-            lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-            (partial / "scan.json").write_text(f"{{\n{lines}\n}}\n")
+            (partial / "scan.json").write_text(_format_record(record))
         while True:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, old)  # and deleted later: half a scan must not keep this name if this is killed
             try:
                 os.rename(partial, folder)
+                _keep_foreign(old, folder)
                 break
             except OSError:
                 if not folder.exists():  # if it does, that other worker was quicker
                     raise
             finally:
-                shutil.rmtree(old, ignore_errors=True)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+                _delete(old)
+    except BaseException:
+        _delete(partial)
         raise
 
 
+def _keep_foreign(old: Path, folder: Path) -> None:
+    """What a user put into a scan's folder goes on to the new one."""
+    for path in old.iterdir() if old.is_dir() and not old.is_symlink() else ():
+        if not OURS.fullmatch(path.name):
+            os.rename(path, folder / path.name)
+
+
+def _delete(folder: Path) -> None:
+    """Delete the slices and the record in a folder of the store, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()
+
+
 def clear_leftovers(processed: Path) -> None:
-    """Delete what processes that were killed left half-written."""
-    for place, folders, _ in os.walk(processed):
-        for name in [name for name in folders if name.startswith(".") and name.endswith((".partial", ".old"))]:
-            shutil.rmtree(Path(place, name), ignore_errors=True)
-        if Path(place).name in (*LABELS, "masks"):
-            folders.clear()
+    """Delete what processes that were killed left half-written; nothing else, whatever it is called."""
+    for place in (processed / split / kind for split in SPLITS for kind in (*LABELS, "masks")):
+        for path in place.iterdir() if place.is_dir() else ():
+            if LEFTOVER.fullmatch(path.name):
+                _delete(path)

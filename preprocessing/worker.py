@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import DataError
+from common.cli import DataError, explain
 from preprocessing.geometry import cut_stack
+from preprocessing.identity import hash_file, hash_voxels
+from preprocessing.masks import drop_stray_pieces, read_mask
+from preprocessing.oblique import MOST_TILT_DEGREES, StraightGrid, measure_tilt
 from preprocessing.scans import Scan, name_scan
-from preprocessing.store import LoadedScan, read_scan, write_scan
-from preprocessing.volume import Volume, find_brain, read_mask, read_volume
+from preprocessing.store import LoadedScan, StoredScan, change_record, read_scan, withdraw, write_scan
+from preprocessing.volume import BRAIN_ML, Volume, find_brain, read_volume
 
 FORMAT = 3  # of what is written; raise it when the same scan would give other slices
+MASK_RULES = 2  # by which masks and brains are read; raise it when some scans would give other slices, but most not
+MOST_LESION = 0.5  # of the brain
+MOST_NAME_BYTES = 200  # a file system takes 255, and files that are made of a scan have longer names
+SPECK_ML = 1.0  # smaller stray pieces are not worth a word
 FOV_MM = {True: 200.0, False: 256.0}  # side of a slice, by whether the skull is off
 
 
@@ -27,42 +33,49 @@ class CutSettings:
     size    pixels along each side of a slice
     fov_mm  side of a slice in mm; None: 200 for brains, 256 for heads
     volume  which volume of a file with several, from 0
+    lesion_labels  the labels of a lesion mask that are lesion; None: all
     """
 
     keep: float
     size: int
     fov_mm: float | None = None
     volume: int | None = None
+    lesion_labels: tuple[int, ...] | None = None
 
 
 def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple[str, str]:
-    """Bring one scan from its file into the store. Returns ("done" | "unchanged" | "skipped", why it was skipped)."""
+    """Bring one scan from its file into the store. Returns ("done" | "unchanged" | "skipped", why it was skipped).
+
+    Where its file can no longer be used, the slices that were made of it are taken out of the store.
+    """
     folder = processed / scan.split / scan.label / scan.name
+    if len(scan.name.encode()) > MOST_NAME_BYTES:
+        return "skipped", f"{scan.path}: its name takes more than {MOST_NAME_BYTES} bytes; give it a shorter one"
     try:
         made_with = _describe(scan, settings)
-        old = read_scan(folder)
-        if old and all(old.record.get(key) == value for key, value in made_with.items()):
-            return "unchanged", ""
-        loaded, volume = _cut(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
-        record = {"scan": scan.name, "source": str(scan.path)}
-        lesion = None
-        if scan.lesion_mask:
-            mask = read_mask(scan.lesion_mask, volume, scan.axes, scan.distrusted)
-            lesion = loaded.geometry.cut_mask(mask)
-            # on the scan's own grid
-            record["lesion_voxels"] = mask.sum(axis=(0, 1))[list(loaded.geometry.slices)].tolist()
-        geometry = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
-        try:
-            write_scan(folder, loaded.stack, lesion, record | made_with | geometry)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: cannot be written ({error}); free some space or give another --processed"
-            ) from error
-        return "done", ""
+        old = _find_old(folder, made_with)
+        if old is None:
+            loaded, lesion = _read(scan, settings)
     except MemoryError:
         return "skipped", f"{scan.path}: does not fit into memory; use fewer --workers"
     except OSError as error:
-        return "skipped", f"{scan.path}: cannot be read ({error.strerror}); copy it again"
+        why = f"{error.filename or scan.path}: cannot be read ({error.strerror}); copy it again"
+        return "skipped", why + _withdraw(folder)
+    except DataError as error:
+        return "skipped", " ".join(str(error).split()) + _withdraw(folder)
+    try:
+        if old is None:
+            record = {"scan": scan.name, "source": str(scan.path), "content": loaded.hashes[0]}
+            record |= {} if lesion is None else {"lesion_voxels": list(loaded.lesion_voxels)}
+            record |= {"warnings": list(loaded.warnings)} if loaded.warnings else {}
+            place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
+            write_scan(folder, loaded.stack, lesion, record | made_with | place)
+            return "done", ""
+        if old.record["source"] != str(scan.path):  # the whole folder was moved
+            change_record(folder, source=str(scan.path))
+        return "unchanged", ""
+    except OSError as error:
+        return "skipped", f"{folder}: cannot be written ({explain(error)})"
     except DataError as error:
         return "skipped", " ".join(str(error).split())
 
@@ -73,38 +86,138 @@ def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: s
     axes  where the stored axes point to, for a file whose header does not say; a header that does is believed
     """
     try:
-        return _cut(path, brain_mask, settings)[0]
+        loaded = _cut(path, _find_brain(path, brain_mask, settings), settings)
     except DataError:
         if axes is None:
             raise
-    loaded = _cut(path, brain_mask, settings, axes)[0]
-    return replace(loaded, warnings=(f"its header does not give its orientation; {axes} is taken on trust",))
+        loaded = _cut(path, _find_brain(path, brain_mask, settings, axes), settings)
+        taken = f"its header does not give its orientation; {axes} is taken on trust"
+        loaded = replace(loaded, warnings=(taken, *loaded.warnings))
+    return replace(loaded, hashes=(*loaded.hashes, hash_file(path)[:32]))
 
 
-def _cut(
-    path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
-) -> tuple[LoadedScan, Volume]:
-    volume = read_volume(path, axes, distrusted, settings.volume)
-    brain, skull_off = (read_mask(brain_mask, volume, axes, distrusted), True) if brain_mask else find_brain(volume)
-    if not brain.any():
-        raise DataError(f"{path}: is the same everywhere, no brain is seen; convert it again from its source")
-    fov_mm = settings.fov_mm or FOV_MM[skull_off]
+def _find_old(folder: Path, made_with: dict) -> StoredScan | None:
+    """The scan as it stands in the store, if it was made with the same of the same files."""
     try:
-        stack, geometry, scale = cut_stack(volume, brain, skull_off, settings.keep, settings.size, fov_mm)
+        old = read_scan(folder)
+    except DataError:  # its record is bad, so it is made again
+        return None
+    same = old and "content" in old.record and all(old.record.get(key) == value for key, value in made_with.items())
+    return old if same else None
+
+
+def _withdraw(folder: Path) -> str:
+    """Take what was made of a file that is no good any more out of the store; returns words for the message."""
+    if not (folder / "scan.json").exists():
+        return ""
+    try:
+        return f"; its old slices are no longer used, they lie in {withdraw(folder)}"
+    except OSError as error:
+        return f"; its old slices in {folder} cannot be moved away ({error.strerror}), delete them"
+
+
+def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | None]:
+    """(the scan, cut; its lesion mask (n, size, size) or None)."""
+    found = _find_brain(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
+    if scan.brain_mask and not BRAIN_ML[0] <= found.brain_ml <= BRAIN_ML[1]:
+        raise DataError(
+            f"{scan.brain_mask}: of {found.brain_ml:.0f} ml, which no brain has ({BRAIN_ML[0]} to {BRAIN_ML[1]} "
+            "ml); make the mask again or take it away"
+        )
+    loaded = _cut(scan.path, found, settings)
+    if not scan.lesion_mask:
+        return loaded, None
+    mask, odd = _read_lesion(scan, found, settings)
+    if loaded.geometry.straight:
+        mask = loaded.geometry.straight.bring_mask(found.volume, mask)
+    counts = mask.sum(axis=(0, 1))[list(loaded.geometry.slices)].tolist()  # on the scan's own grid
+    loaded = replace(loaded, lesion_voxels=tuple(counts), warnings=(*loaded.warnings, *odd))
+    return loaded, loaded.geometry.cut_mask(mask)
+
+
+class _Brain(NamedTuple):
+    """A volume, its brain (X, Y, Z) bool, whether the skull is off, and what was not plain, in words."""
+
+    volume: Volume
+    inside: np.ndarray
+    skull_off: bool
+    warnings: list[str]
+
+    @property
+    def brain_ml(self) -> float:
+        return float(np.count_nonzero(self.inside) * np.prod(self.volume.spacing_mm) / 1000)
+
+
+def _find_brain(
+    path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
+) -> _Brain:
+    volume, warnings = read_volume(path, axes, distrusted, settings.volume), []
+    if brain_mask:
+        skull_off = True
+        inside, how = read_mask(brain_mask, volume, axes, distrusted)
+        warnings += [f"its brain mask: {how}"] if how else []
+    else:
+        inside, skull_off = find_brain(volume)
+    if not inside.any():
+        raise DataError(f"{path}: is the same everywhere, no brain is seen; convert it again from its source")
+    inside, stray = drop_stray_pieces(inside)
+    stray_ml = stray * np.prod(volume.spacing_mm) / 1000
+    if stray_ml >= SPECK_ML:
+        warnings.append(f"pieces apart from the brain were dropped ({stray_ml:.3g} ml)")
+    return _Brain(volume, inside, skull_off, warnings)
+
+
+def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
+    """The scan cut; one that lies oblique is brought to the anatomical axes first."""
+    volume, warnings, straight = found.volume, list(found.warnings), None
+    cut_from = volume, found.inside
+    if (tilt := measure_tilt(volume.affine)) > MOST_TILT_DEGREES:
+        straight = StraightGrid.around(volume, found.inside)
+        cut_from = straight.bring(volume, found.inside)
+        warnings.append(f"its axes are oblique, so it was resampled to the anatomical ones ({tilt:.0f} degrees)")
+    fov_mm = settings.fov_mm or FOV_MM[found.skull_off]
+    try:
+        stack, geometry, scale = cut_stack(*cut_from, found.skull_off, settings.keep, settings.size, fov_mm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    name = name_scan(path)
-    brain_ml = float(np.count_nonzero(brain) * np.prod(volume.spacing_mm) / 1000)
-    loaded = LoadedScan(name, "", name, str(path), stack, None, geometry, scale, skull_off, brain_ml=brain_ml)
-    return loaded, volume
+    own = {"shape": volume.shape, "affine": tuple(map(tuple, volume.affine.tolist())), "axes": volume.axes}
+    return LoadedScan(
+        name=name_scan(path),
+        label="",
+        subject=name_scan(path),
+        source=str(path),
+        stack=stack,
+        lesion=None,
+        geometry=replace(geometry, **own, straight=straight),
+        scale=scale,
+        skull_off=found.skull_off,
+        brain_ml=found.brain_ml,
+        hashes=(hash_voxels(volume.values, volume.spacing_mm),),
+        warnings=tuple(warnings),
+    )
+
+
+def _read_lesion(scan: Scan, found: _Brain, settings: CutSettings) -> tuple[np.ndarray, list[str]]:
+    """(the scan's lesion mask, what is odd about it); DataError where it can be no lesion of this brain."""
+    mask, how = read_mask(scan.lesion_mask, found.volume, scan.axes, scan.distrusted, settings.lesion_labels)
+    share = np.count_nonzero(mask & found.inside) / np.count_nonzero(found.inside)
+    if not share:
+        raise DataError(f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
+    warnings = [f"its lesion mask: {how}"] if how else []
+    if share > MOST_LESION:
+        warnings.append(f"its lesion mask covers most of the brain; is it one ({share:.0%})")
+    return mask, warnings
 
 
 def _describe(scan: Scan, settings: CutSettings) -> dict:
     """All that decides what is stored of a scan: where it is unchanged, so is the result."""
-    files = [path for path in (scan.path, scan.brain_mask, scan.lesion_mask) if path]
+    sources = {}
+    for path in (scan.path, scan.brain_mask, scan.lesion_mask):
+        if path:  # a mask may be called as its scan is, in another folder
+            sources[str(path) if path.name in sources else path.name] = hash_file(path)
     return {
         "format": FORMAT,
-        "sources": {path.name: _hash_file(path) for path in files},
+        "sources": sources,
         "subject": scan.subject,
         "session": scan.session,
         "age": scan.age,
@@ -114,13 +227,6 @@ def _describe(scan: Scan, settings: CutSettings) -> dict:
         "size": settings.size,
         "volume": settings.volume,
         "axes_rule": [scan.axes, scan.distrusted],
+        "mask_rules": MASK_RULES,
+        "lesion_labels": list(settings.lesion_labels) if settings.lesion_labels and scan.lesion_mask else None,
     }
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else hashlib.sha256(file.read()).hexdigest()
-        )

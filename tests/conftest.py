@@ -83,12 +83,17 @@ TINY = ["--steps", "12", "--batch-size", "5", "--width", "8", "--depth", "3", "-
 
 
 def make_head(shape=(40, 48, 44), spacing=(4.0, 4.0, 4.0), seed=0) -> nib.Nifti1Image:
-    """A lopsided ellipsoid 'brain' in RAS with texture, 0 outside: every axis and side can be told apart."""
+    """A lopsided ellipsoid 'brain' in RAS with texture, 0 outside: every axis and side can be told apart.
+
+    Another seed makes another scan: the same head with noise of its own.
+    """
     grid = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
     x, y, z = np.meshgrid(*grid, indexing="ij")
     inside = (x / 62) ** 2 + (y / 80) ** 2 + (z / 60) ** 2 < 1
     values = 500 + 2.0 * x + 1.0 * y + 1.5 * z
     values += 150 * np.exp(-((x - 25) ** 2 + (y - 30) ** 2 + (z - 10) ** 2) / 300)
+    if seed:
+        values += np.random.default_rng(seed).uniform(0, 5, shape)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = [g[0] for g in grid]
     return nib.Nifti1Image(np.where(inside, values, 0).astype(np.float32), affine)

@@ -124,7 +124,7 @@ def write_untrained_run(folder: Path, processed: Path) -> Path:
     """A run folder with an untrained model, calibrated on the validation scans of a slice store."""
     scans = list(list_scans(processed / "val"))
     settings = check_same_settings(scans)
-    seen = sorted(scan.source_hash for split in ("train", "val") for scan in list_scans(processed / split))
+    seen = [one for split in ("train", "val") for scan in list_scans(processed / split) for one in scan.hashes]
     model, _ = load_model(write_model(folder / "model.pt"))
     compared = []
     for scan in scans:

@@ -1,14 +1,15 @@
 """What healthy scans show: expected residuals by place and texture, thresholds, p-values."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
 
+from common.cli import DataError
 from models.anomaly import map_anomalies, score_scan, score_slices
-from models.calibration import Calibration, compute_p_values, count_needed_scans
+from models.calibration import STATE_KEYS, Calibration, compute_p_values, count_needed_scans
 from tests.reference import calibrate_plainly, make_scan
 
 FAR_MM = 1000.0  # slices so far apart do not blur into each other
@@ -277,6 +278,19 @@ def test_model_pt_keeps_it_under_its_old_names():
         np.testing.assert_array_equal(np.float32(getattr(again, name)), np.float32(values))
     assert torch.equal(state["by_look"], calibration.texture_factor)
     assert torch.equal(state["looks"], calibration.texture_edges)
+
+
+@pytest.mark.parametrize(("name", "key"), STATE_KEYS.items())
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_calibration_of_no_numbers_is_neither_written_nor_read(name, key, value):
+    good = make_calibration([1.0, 2.0])
+    values = torch.as_tensor(getattr(good, name)).clone()
+    values.view(-1)[0] = value
+    words = f"the {name.replace('_', ' ')} of its calibration is not of finite numbers"
+    with pytest.raises(DataError, match=words):
+        replace(good, **{name: values}).to_state()
+    with pytest.raises(DataError, match=words):
+        Calibration.from_state(good.to_state() | {key: values})
 
 
 def test_nobody_changes_it():

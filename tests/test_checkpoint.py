@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -80,6 +81,14 @@ OTHERS = {
     "unknown argument": {"config": CONFIG | {"colour": 1}},
     "no model": {"config": {}},
     "no weights": {"weights": {}},
+    "huge": {"config": CONFIG | {"width": 10**9}},
+    "wide": {"config": CONFIG | {"width": 1 << 14}},
+    "deep": {"config": CONFIG | {"depth": 10**9}},
+    "negative": {"config": CONFIG | {"width": -8}},
+    "words": {"config": CONFIG | {"width": "8"}},
+    "a list": {"config": [1, 2]},
+    "weights that are none": {"weights": {"stem": 3}},
+    "a list of weights": {"weights": [1]},
 }
 
 
@@ -88,6 +97,15 @@ def test_a_model_of_another_version_is_refused(tmp_path, content, change):
     save_checkpoint(tmp_path / "old.pt", content | change)
     with pytest.raises(DataError, match=r"old\.pt: does not hold a model"):
         load_model(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["to_slice.0.weight", "down.0.0.1.running_var"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, content, name, value):
+    content["weights"][name].view(-1)[0] = value
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=r"model\.pt: holds weights that are not finite numbers; train again"):
+        load_model(tmp_path / "model.pt")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -103,3 +121,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_compressed_or_special_file_is_no_checkpoint(tmp_path, content):
+    """What is compressed may hold a thousand times its size."""
+    save_checkpoint(tmp_path / "a.pt", content)
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as packed:
+        for part in source.infolist():
+            packed.writestr(part.filename, source.read(part), zipfile.ZIP_DEFLATED)
+    os.mkfifo(tmp_path / "c.pt")
+    torch.save([1, 2], tmp_path / "d.pt")
+    for name in ("b.pt", "c.pt", "d.pt"):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read as a checkpoint"):
+            load_checkpoint(tmp_path / name)

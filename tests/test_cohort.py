@@ -1,6 +1,5 @@
-"""Labels come from the tree, the flag or the table, splits go by subject, and nobody is ever on two sides."""
+"""Labels come from the tree, the flag or the table, and nobody is ever on two sides."""
 
-import random
 from dataclasses import replace
 
 import nibabel as nib
@@ -8,7 +7,7 @@ import pytest
 
 from common.cli import DataError
 from preprocessing.clinical import read_clinical
-from preprocessing.cohort import CohortRules, label_scans, plan, refuse_leaks, refuse_mixture, split_subjects
+from preprocessing.cohort import CohortRules, label_scans, plan, refuse_leaks, refuse_mixture
 from preprocessing.scans import Scan
 from preprocessing.store import StoredScan
 from tests.conftest import make_head
@@ -90,83 +89,6 @@ def test_one_label_for_all_must_not_contradict_the_table(tmp_path, clinical):
     assert [(scan.label, scan.age) for scan in labelled] == [("normal", 74), ("normal", 21), ("normal", None)]
     with pytest.raises(DataError, match=r"--label is abnormal and is normal in .*a\.csv; leave it out"):
         label_scans(scans, clinical, "abnormal", None)
-
-
-# Splits.
-
-
-def test_shares_are_of_normal_subjects_and_abnormal_ones_go_to_test(tmp_path):
-    scans = [make_scan(tmp_path, f"n{i}", f"{k}", label="normal") for i in range(10) for k in (1, 2)]
-    scans += [make_scan(tmp_path, "ill", "1", label="normal"), make_scan(tmp_path, "ill", "2", label="abnormal")]
-    split = {scan.subject: scan.split for scan in split_subjects(scans, (0.8, 0.1, 0.1), 0, {})}
-    assert split.pop("ill") == "test", "its normal scan too"
-    assert sorted(split.values()) == ["test"] + 8 * ["train"] + ["val"]
-
-
-def test_the_seed_decides_and_the_order_of_the_files_does_not(tmp_path):
-    scans = [make_scan(tmp_path, f"n{i}", label="normal") for i in range(20)]
-    one, same, other = (
-        {scan.subject: scan.split for scan in split_subjects(order, (0.5, 0.25, 0.25), seed, {})}
-        for order, seed in ((scans, 0), (scans[::-1], 0), (scans, 1))
-    )
-    assert one == same
-    assert one != other
-
-
-def test_new_subjects_fill_up_what_falls_short(tmp_path):
-    """Of 10 subjects 4 stand in val already, so train gets all of the new ones that its share lacks."""
-    scans = [make_scan(tmp_path, f"n{i}", label="normal") for i in range(10)]
-    kept = {f"n{i}": "val" for i in range(4)}
-    split = {scan.subject: scan.split for scan in split_subjects(scans, (0.5, 0.4, 0.1), 0, kept)}
-    assert {subject: split[subject] for subject in kept} == kept
-    assert sorted(split.values()) == ["test"] + 5 * ["train"] + 4 * ["val"]
-
-
-def test_another_spelling_keeps_the_split(tmp_path):
-    scans = [make_scan(tmp_path, name, label="normal") for name in ("sub-01", "sub-02", "sub-03")]
-    kept = {"1": "val", "SUB-2": "test", "sub-003": "val"}
-    split = {scan.subject: scan.split for scan in split_subjects(scans, (1, 0, 0), 0, kept)}
-    assert split == {"sub-01": "val", "sub-02": "test", "sub-03": "val"}
-
-
-def test_a_subject_with_an_abnormal_scan_cannot_have_been_trained_on(tmp_path):
-    scans = [make_scan(tmp_path, "a", label="abnormal")]
-    with pytest.raises(DataError, match="subject a has an abnormal scan and is in train from an earlier run"):
-        split_subjects(scans, (0.8, 0.1, 0.1), 0, {"a": "train"})
-    assert split_subjects(scans, (0.8, 0.1, 0.1), 0, {"a": "test"})[0].split == "test"
-
-
-def test_no_random_cohort_has_a_subject_on_two_sides(tmp_path):
-    """Random cohorts, grown twice: one split a subject, kept when scans come in, abnormal in test, shares met."""
-    for seed in range(40):
-        rng = random.Random(seed)
-        raw = [rng.random() for _ in range(3)]
-        fractions = [value / sum(raw) for value in raw]
-        ill = rng.random()
-        scans, kept = [], {}
-        for _ in range(3):
-            for subject in rng.sample(range(200), rng.randint(1, 40)):
-                known = [scan for scan in scans if scan.subject == str(subject)]
-                abnormal = known[0].label == "abnormal" if known else rng.random() < ill
-                for _ in range(rng.randint(1, 3)):
-                    # A subject that is ill may have been well once; in one that is well, every scan is.
-                    first = "abnormal" if abnormal else "normal"
-                    label = first if not known else rng.choice([first, "normal"])
-                    known.append(make_scan(tmp_path, str(subject), f"{len(scans)}", label=label))
-                    scans.append(known[-1])
-            done = split_subjects(scans, fractions, seed, kept)
-            assert [scan.session for scan in done] == [scan.session for scan in scans]
-            splits = {}
-            for scan in done:
-                assert splits.setdefault(scan.subject, scan.split) == scan.split
-            assert {subject: splits[subject] for subject in kept} == kept
-            diseased = {scan.subject for scan in done if scan.label == "abnormal"}
-            assert all(splits[subject] == "test" for subject in diseased)
-            healthy = [splits[subject] for subject in splits if subject not in diseased]
-            if not kept:
-                for split, fraction in zip(("train", "val", "test"), fractions, strict=True):
-                    assert abs(healthy.count(split) - fraction * len(healthy)) < 2
-            kept = splits
 
 
 # Refusals.

@@ -1,9 +1,8 @@
-"""Corruption and appearance: each part happens as often and as strongly as it should, by moments worked by hand."""
+"""Corruption: each part happens as often and as strongly as it should, by moments worked by hand."""
 
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 import training.corruption as corruption
 from training.corruption import add_coarse_noise, corrupt, paint_blob, vary_appearance, warp_locally
@@ -279,116 +278,3 @@ def test_blobs_start_in_the_brain():
     peaks = shapes.flatten(1).argmax(1)[shapes.flatten(1).amax(1) > 0.02]
     inside = (peaks // 64 >= 6) & (peaks // 64 < 26) & (peaks % 64 >= 38) & (peaks % 64 < 58)
     assert inside.float().mean() > 0.85
-
-
-def appear(values, count=2000, number=0):
-    """(count, H, W) appearances of one slice (H, W) and their logarithms."""
-    varied = vary_appearance(torch.as_tensor(values, dtype=torch.float32).expand(count, 1, -1, -1), seed(number))[:, 0]
-    return varied, varied.clamp(min=1e-4).log()
-
-
-def test_the_pose_varies_by_a_few_degrees_percent_and_pixels():
-    """Four bright spots are found again; the affine map from where they are to where they were has its parameters."""
-    size = 64
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    spots = np.array([(y, x) for y in (-16, 16) for x in (-14, 14)])
-    slice_ = 0.05 + sum(0.6 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 18) for y, x in spots)
-    slice_ = slice_ + 0.3 * np.exp(-((rows - 4) ** 2 + (columns + 16) ** 2) / 8)  # on the left only
-    varied = appear(slice_, 600)[0].double()
-    found = []
-    for y, x in spots:
-        window = varied * torch.from_numpy((np.sign(rows) == np.sign(y)) & (np.sign(columns) == np.sign(x)))
-        window = window * torch.from_numpy(np.hypot(rows - y, columns - x) < 9)
-        weights = (window / window.flatten(1).amax(1)[:, None, None] - 0.5).clamp(min=0)
-        found.append(torch.stack([(weights * torch.from_numpy(v)).sum((1, 2)) for v in (rows, columns)], 1))
-        found[-1] = found[-1] / weights.sum((1, 2))[:, None]
-    found = torch.stack(found, 1).numpy()
-    fits = np.stack([np.linalg.lstsq(np.c_[where, np.ones(4)], spots, rcond=None)[0] for where in found])
-    scales = np.log(np.linalg.norm(fits[:, :2], axis=2))
-    angles = np.arctan2(fits[:, 0, 1], fits[:, 0, 0])
-    assert angles.std() == pytest.approx(0.07, rel=0.12)
-    assert scales.std(0) == pytest.approx([0.05, 0.05], rel=0.12)
-    assert fits[:, 2].std(0) == pytest.approx([0.02 * size / 2] * 2, rel=0.12)
-    left, right = varied[:, 24:48, 10:24].mean((1, 2)), varied[:, 24:48, 40:54].mean((1, 2))
-    assert (left > right).float().mean() == pytest.approx(0.5, abs=0.06), "half are mirrored"
-    assert angles.mean() == pytest.approx(0, abs=0.01)
-    assert scales.mean(0) == pytest.approx([0, 0], abs=0.01)
-
-
-def test_contrast_is_a_power_that_keeps_black_and_white():
-    """Of a checkerboard of 0.1 and 0.6, log out = power * log in + log gain, whatever the pose: log power ~ 0.25 N."""
-    size, cell = 64, 16
-    rows, columns = np.mgrid[:size, :size]
-    board = (rows // cell + columns // cell) % 2
-    varied = appear(np.where(board, 0.6, 0.1), 1000)[0]
-    middle = (np.abs(rows % cell - 7.5) < 3) & (np.abs(columns % cell - 7.5) < 3)
-    middle &= (np.abs(rows - 31.5) < 30) & (np.abs(columns - 31.5) < 30)
-    high, low = (varied[:, torch.from_numpy(middle & (board == value))].mean(1).log() for value in (1, 0))
-    power = (high - low) / np.log(0.6 / 0.1)
-    assert power.abs().log().std() == pytest.approx(0.25, rel=0.1)
-    assert power.abs().log().mean() == pytest.approx(0, abs=0.02)
-    gain = (high + low) / 2 - power.abs() * (np.log(0.6) + np.log(0.1)) / 2
-    assert torch.corrcoef(torch.stack([gain, power.abs()]))[0, 1].abs() < 0.08, "white stays white"
-
-
-def test_the_bias_field_and_the_gain_by_their_moments():
-    """Where the field's grids meet at a 10th of the slice, by the weights of their bilinear steps.
-
-    Field: strength up to 0.35, E[s^2] = 0.35^2 / 3; between pixels 10 and 20 of 31 its variance is (2 + 2 * 18/81) / 3.
-    White stays white under the power, so the lower half of its logarithms shows field and gain: 0.18 E[s^2] + 0.08^2.
-    """
-    square = 0.35**2 / 3
-    logs = appear(np.full((31, 31), 0.35), 3000)[1]
-    bend = (logs[:, 12:18, 11] - logs[:, 11:17, 11]).diff(dim=1).abs().amax(1)
-    smooth = bend < 1e-3
-    assert smooth.float().mean() == pytest.approx(0.5, abs=0.03), "noise on half of the slices"
-    difference = logs[smooth, 10, 10] - logs[smooth, 20, 20]
-    assert difference.square().mean() == pytest.approx(square * (2 + 36 / 81) / 3, rel=0.1)
-    white = appear(np.ones((31, 31)), 4000, 1)[1][:, 10, 10]
-    assert 2 * white.square().mean() == pytest.approx(square * (1 + 50 / 81) / 3 + 0.08**2, rel=0.08)
-
-
-def test_noise_is_up_to_three_hundredths():
-    varied, _ = appear(np.full((31, 31), 0.35), 2000)
-    noise = (varied[:, 12:18, 12:18] - (varied[:, 11:17, 12:18] + varied[:, 13:19, 12:18]) / 2).std((1, 2)) / 1.5**0.5
-    noisy = noise[noise > 5e-4]
-    assert noisy.mean() == pytest.approx(0.015, rel=0.08)
-    assert noisy.quantile(0.95) == pytest.approx(0.0285, rel=0.15)
-
-
-def test_half_of_the_slices_are_blurred_by_up_to_nine_tenths_of_a_3x3_mean():
-    """The mean leaves a third of stripes of 4 pixels, and nearly all of those of 16."""
-    rows, columns = np.mgrid[:64, :64]
-    stripes = np.where(rows < 32, np.cos(2 * np.pi * (columns + 0.5) / 4), np.cos(2 * np.pi * columns / 16))
-    varied = appear(0.4 + 0.15 * stripes, 800)[0]
-    fine, coarse = varied[:, 8:26, 8:56], varied[:, 38:56, 8:56]
-    fine = fine - torch.nn.functional.avg_pool2d(fine[:, None], (1, 5), 1, (0, 2))[:, 0]
-    ratio = fine.std((1, 2)) / coarse.std((1, 2))
-    kept = ratio / ratio.quantile(0.8)
-    for quantile in (0.05, 0.15, 0.3):
-        strength = 0.9 * (1 - 2 * quantile)
-        assert kept.quantile(quantile) == pytest.approx(1 - 2 / 3 * strength, abs=0.08), quantile
-    assert kept.quantile(0.45) > 0.8
-
-
-def test_some_brains_lose_a_pixel_or_two_of_their_rim():
-    """0.4 lose one and 0.15 of all another: bars of 2 pixels vanish in 1 - 0.6 * 0.85, of 4 pixels in 0.4 * 0.15."""
-    slice_ = np.zeros((64, 64))
-    slice_[24:40, 12:52] = slice_[8:10, 12:52] = slice_[52:56, 12:52] = 0.5
-    varied = appear(slice_, 1000)[0]
-    thin, thick = ((part > 0).flatten(1).sum(1) for part in (varied[:, :18], varied[:, 46:]))
-    assert (thin < 20).float().mean() == pytest.approx(1 - 0.6 * 0.85, abs=0.035)
-    assert (thick < 20).float().mean() == pytest.approx(0.06, abs=0.025)
-
-
-def test_the_rim_of_a_moved_brain_does_not_fade():
-    rows, columns = np.mgrid[:64, :64] - 31.5
-    disc = np.where(np.hypot(rows, columns) < 24, 0.5, 0)
-    varied = appear(disc, 300)[0].numpy()
-    fading = []
-    for values in varied:
-        rim = (values > 0) & ~ndimage.binary_erosion(values > 0)
-        inner = ndimage.binary_erosion(values > 0, iterations=2) & ~ndimage.binary_erosion(values > 0, iterations=4)
-        fading.append(values[rim].mean() / values[inner].mean())
-    # all but the blurred ones that keep their rim: 1 - 0.5 * 0.6 * 0.85
-    assert (np.abs(np.array(fading) - 1) < 0.04).mean() == pytest.approx(0.745, abs=0.08)

@@ -7,6 +7,7 @@ import torch
 
 from preprocessing.geometry import Geometry
 from preprocessing.store import list_scans, write_scan
+from tests.test_store import RECORD
 from training.dataset import SliceDataset
 
 
@@ -14,8 +15,9 @@ def write_flat(folder, name, values, spacing_mm):
     """A scan whose slices are flat, (n, 4, 4) with these values."""
     stack = np.float16(values)[:, None, None].repeat(4, 1).repeat(4, 2)
     slices, affine = tuple(range(10, 10 + len(values))), tuple(map(tuple, np.eye(4)))
+    record = {key: value for key, value in RECORD.items() if key != "lesion_voxels"}
     geometry = Geometry((9, 9, 30), affine, "RAS", (1.0, 1.0, spacing_mm), (4.0, 4.0), 1.5, 4, slices)
-    write_scan(folder / "train/normal" / name, stack, None, {"subject": name} | geometry.to_record())
+    write_scan(folder / "train/normal" / name, stack, None, record | {"subject": name} | geometry.to_record())
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_metrics_agree_with_the_tables(evaluation):
         "slices": len(slices),
         "subjects": 4,
         "lesions": len(lesions),
+        "without_lesion_mask": 0,
         "skipped": 0,
     }
     assert [group["group"] for group in content["detectability"]["kind"]] == ["kind 0", "kind 1"]
@@ -232,7 +233,6 @@ def test_user_errors_are_one_line(untrained, processed, tmp_path):
         ["--batch-size", "0"],
         ["--panels", "some"],
         ["--scan", "a.txt"],
-        ["--scan", "a.nii", "b/a.nii"],
         ["--scan", "a.nii", "--brain-mask", "b", "c"],
         ["--brain-mask", "b"],
         ["--axes", "RAR"],
@@ -266,3 +266,43 @@ def test_the_printed_table_says_what_the_metrics_say(evaluation, capsys):
     assert printed.index(cells[0]) < printed.index(cells[-1])
     assert any(line.startswith("0 of 2 normal scans flagged at a false-positive rate of 0.05") for line in lines)
     assert any("no scan can be flagged at 0.05: that needs 19 normal validation scans" in line for line in lines)
+
+
+def copy_store(processed, tmp_path) -> Path:
+    shutil.copytree(processed / "test", tmp_path / "test")
+    return tmp_path / "test"
+
+
+def test_a_bad_record_takes_only_itself_out(untrained, processed, tmp_path, capsys):
+    data = copy_store(processed, tmp_path)
+    (bad, *_), good = sorted((data / "normal").iterdir()), list(list_scans(data))
+    (bad / "scan.json").write_text((bad / "scan.json").read_text().replace('"axes": "', '"axes": "X'))
+    command = ["--run", str(untrained), "--data", str(data), "--out", str(tmp_path / "out"), "--panels", "0"]
+    for _ in range(2):
+        assert evaluate(command) == 3
+        err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+        assert len(err) == 1
+        assert err[0].startswith(f"skipped {bad / 'scan.json'}: is no record of a scan (axes is X")
+    assert read_metrics(tmp_path / "out")["counts"]["skipped"] == 1
+    assert len(read_rows(tmp_path / "out/scans.csv")) == len(good) - 1
+    assert not (tmp_path / "out/.evaluation.json").exists()
+
+
+def test_a_copy_of_a_scan_that_was_trained_on_is_refused(untrained, processed, tmp_path):
+    """Its file is another one, its voxels are not."""
+    data = copy_store(processed, tmp_path)
+    trained = next(list_scans(processed / "train"))
+    copy = data / "normal/renamed"
+    shutil.copytree(trained.folder, copy)
+    record = trained.record | {"source": "/else/renamed.nii", "sources": {"renamed.nii": "f" * 64}}
+    (copy / "scan.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"renamed: the model was trained or calibrated on this scan"):
+        evaluate(["--run", str(untrained), "--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_a_scan_under_both_labels_is_refused(untrained, processed, tmp_path):
+    data = copy_store(processed, tmp_path)
+    ill = next(list_scans(data / "abnormal"))
+    shutil.copytree(ill.folder, data / "normal/well")
+    with pytest.raises(DataError, match="holds the same scan as"):
+        evaluate(["--run", str(untrained), "--data", str(data), "--out", str(tmp_path / "out")])

@@ -1,14 +1,27 @@
 """Files that are whole or absent: bytes, tables, figures; the lock of a folder."""
 
 import csv
+import errno
+import json
 import os
+import socket
 
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 from common.cli import DataError
-from common.files import hold_folder, write_atomically, write_figure, write_table
+from common.files import (
+    MOST_JSON_BYTES,
+    hold_folder,
+    make_folder,
+    open_regular,
+    read_json,
+    replace_when_whole,
+    write_atomically,
+    write_figure,
+    write_table,
+)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -96,3 +109,107 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         hold_folder(tmp_path / "file" / "run", "--out"),
     ):
         pass
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fill_up(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    with pytest.raises(OSError, match="No space") as error:
+        write_atomically(tmp_path / "a.bin", b"new")
+    assert error.value.filename == str(tmp_path / "a.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupt():
+        with replace_when_whole(tmp_path / "a.nii.gz") as partial:
+            assert partial.name.endswith(".nii.gz"), "of the same ending, which writers go by"
+            partial.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_link_leads_a_write_outside(tmp_path):
+    """Neither one of the file's name, nor of the name that is written to first, nor one of a folder's."""
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    for name in ("a.bin", ".partial-a.bin", ".a.bin.partial"):
+        (out / name).symlink_to(outside / "kept")
+    write_atomically(out / "a.bin", b"new")
+    assert (out / "a.bin").read_bytes() == b"new"
+    assert not (out / "a.bin").is_symlink()
+    assert (outside / "kept").read_text() == "kept"
+    (out / "maps").symlink_to(outside)
+    for folder in (out / "maps", out / "maps/normal"):
+        with pytest.raises(DataError, match=r"a link leads out of .*out; take the link away"):
+            make_folder(folder, out)
+    assert [path.name for path in outside.iterdir()] == ["kept"]
+    (out / "real").mkdir()
+    (out / "inside").symlink_to(out / "real")
+    make_folder(out / "inside/normal", out)
+    (tmp_path / "link").symlink_to(out)
+    make_folder(tmp_path / "link/new", tmp_path / "link")
+    assert (out / "real/normal").is_dir()
+    assert (out / "new").is_dir()
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(DataError, match=r"\.lock: is a link"), hold_folder(tmp_path / "run", "--run"):
+        pass
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    os.symlink("/dev/zero", "device")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for name in ("fifo", "device", "socket", "."):
+            with pytest.raises(OSError, match="is no regular file"):
+                open_regular(tmp_path / name)
+    (tmp_path / "file").write_bytes(b"content")
+    os.symlink("file", "link")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"content"
+
+
+def test_a_record_is_read_or_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError):
+        read_json(path, "delete it")
+    path.write_text(json.dumps({"a": 1}))
+    assert read_json(path, "delete it") == {"a": 1}
+    for content in (b"", b"{", b"[1]", b"3", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.json: cannot be read .*; delete it$") as error:
+            read_json(path, "delete it")
+        assert "\n" not in str(error.value)
+    with open(path, "wb") as file:
+        file.truncate(MOST_JSON_BYTES + 1)
+    with pytest.raises(DataError, match="more than 64 MB"):
+        read_json(path, "delete it")
+
+
+def test_no_cell_begins_a_formula(tmp_path):
+    texts = ["=1+1", "+1", "-a", "@SUM(A1)", "\tx", "\rx", "a=b", "'", "sub-01", ""]
+    write_table(tmp_path / "a.csv", [{"scan": text, "x": -1.5, "n": -3} for text in texts])
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scan"] for row in rows] == [f"'{text}" for text in texts[:6]] + texts[6:]
+    assert {(row["x"], row["n"]) for row in rows} == {("-1.5", "-3")}, "numbers are numbers"
+
+
+def test_names_that_are_no_utf_8_are_written(tmp_path):
+    write_table(tmp_path / "a.csv", [{"scan": "a\udcffb"}])
+    assert (tmp_path / "a.csv").read_bytes() == b"scan\r\na\\udcffb\r\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.cli import DataError
-from preprocessing.geometry import Geometry, cut_stack, keep_middle, resampling_weights, scale_intensity
+from preprocessing.geometry import Geometry, cut_stack, keep_middle, place_stack, resampling_weights, scale_intensity
 from preprocessing.volume import Volume, read_volume
 from tests.conftest import make_head, store
 
@@ -114,11 +114,15 @@ def test_a_slice_counts_from_1_cm2_of_brain_on():
     brain = np.zeros(SHAPE, bool)
     for z, voxels in ((1, 24), (2, 25), (3, 40), (5, 40), (7, 25), (8, 24)):
         brain[2:12, 3:11, z].flat[:voxels] = True
-    values = RNG.gamma(3, 50, SHAPE)
-    assert list(cut(values, brain)[1].slices) == [2, 3, 4, 5, 6, 7]
-    assert list(cut(values, brain, (2.0, 2.0, 5.0))[1].slices) == [2, 3, 4, 5, 6, 7], "mm2 within the slice"
-    assert list(cut(values, brain, (1.99, 2.0, 2.0))[1].slices) == [3, 4, 5]
-    assert list(cut(values, brain, (2.0, 1.99, 2.0))[1].slices) == [3, 4, 5]
+
+    def list_slices(*spacing_mm):
+        volume = Volume(np.zeros(SHAPE), np.eye(4), "RAS", SHAPE, spacing_mm)
+        return list(place_stack(volume, brain, True, 1.0, 16, 32.0).slices)
+
+    assert list_slices(2.0, 2.0, 2.0) == [2, 3, 4, 5, 6, 7]
+    assert list_slices(2.0, 2.0, 5.0) == [2, 3, 4, 5, 6, 7], "mm2 within the slice"
+    assert list_slices(1.99, 2.0, 2.0) == [3, 4, 5]
+    assert list_slices(2.0, 1.99, 2.0) == [3, 4, 5]
 
 
 def test_in_a_head_all_slices_count():
@@ -294,10 +298,38 @@ def test_a_map_is_linear_between_its_pixels():
         np.testing.assert_allclose(back[:, :, z], wanted, rtol=1e-5)
 
 
+def test_slices_at_the_ends_that_hold_nothing_are_left_out():
+    """Brain in slices 1 to 8, of which 1 and 8 hold 2 x 50 voxels: a stripe that no pixel of 16 mm is half full of."""
+    brain = np.zeros((60, 60, 10), bool)
+    brain[5:55, 5:55, 1:9] = True
+    brain[:, :29, [1, 8]] = brain[:, 31:, [1, 8]] = False
+    values = RNG.gamma(3, 50, brain.shape)
+    stack, geometry, _ = cut(values, brain, pixel_mm=16.0)
+    assert geometry.slices == (2, 3, 4, 5, 6, 7)
+    assert len(stack) == 6
+    assert (stack > 0).any(axis=(1, 2)).all()
+
+
+def test_a_stack_with_a_hole_or_without_brain_is_refused():
+    values, brain = RNG.gamma(3, 50, SHAPE), BRAIN.copy()
+    with pytest.raises(DataError, match="no brain in the slices kept"):
+        cut(values, brain, pixel_mm=1000.0)
+    brain[:, :, 4:6] = False
+    with pytest.raises(DataError, match="a slice between others holds no brain"):
+        cut(values, brain)
+
+
+def test_a_value_that_float32_cannot_tell_from_others_is_no_brain():
+    values = 1e8 + RNG.gamma(3, 50, SHAPE) / 10
+    with pytest.raises(DataError, match="is constant inside the brain"):
+        cut_stack(Volume(values, np.eye(4), "RAS", SHAPE, (2.0, 2.0, 2.0)), BRAIN, True, 1.0, 16, 32.0)
+
+
 def test_a_voxel_counts_where_5_percent_of_it_are_scored():
     """Voxels of 1 mm between pixels of 50 mm, of which one is scored: 2 percent more with each voxel."""
     shape = (49, 49, 6)
-    _, geometry, _ = cut(RNG.gamma(3, 50, shape), np.ones(shape, bool), (1.0, 1.0, 4.0), pixel_mm=50.0)
+    volume = Volume(np.zeros(shape), np.eye(4), "RAS", shape, (1.0, 1.0, 4.0))
+    geometry = place_stack(volume, np.ones(shape, bool), True, 1.0, 16, 800.0)
     anomaly_map = np.full((6, 16, 16), np.nan)
     anomaly_map[:, :, 8] = 3.0
     scored = geometry.restore(anomaly_map)[:, 24, 2]

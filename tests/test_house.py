@@ -18,6 +18,7 @@ MAY_IMPORT = {  # folder: the folders that it may import, besides itself
     "benchmarks": {"common", "preprocessing", "models", "training", "evaluation"},
 }
 MODULES = sorted(path for folder in MAY_IMPORT for path in (PROJECT / folder).glob("*.py"))
+TESTS = sorted((PROJECT / "tests").glob("*.py"))
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_ARGUMENTS, WIDEST = 380, 50, 6, 120
 PARSERS = re.compile(r"_?(parse|make_parser)")  # functions that only build an argparse parser may be long
 NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
@@ -50,6 +51,12 @@ def list_functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
 
 
+def refuse_long_files(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES, f"{path.name}: {len(lines)} lines"
+    assert max(map(len, lines), default=0) <= WIDEST, path.name
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
 def test_folders_depend_one_way_and_scripts_are_not_imported(path):
     folder = path.parent.name
@@ -62,9 +69,7 @@ def test_folders_depend_one_way_and_scripts_are_not_imported(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
 def test_files_and_functions_are_short(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MOST_LINES
-    assert max(map(len, lines), default=0) <= WIDEST
+    refuse_long_files(path)
     for function in list_functions(path):
         length = function.end_lineno - function.lineno + 1
         assert length <= MOST_LINES_OF_FUNCTION or PARSERS.match(function.name), f"{function.name}: {length} lines"
@@ -72,6 +77,11 @@ def test_files_and_functions_are_short(path):
         names = [one.arg for one in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
         count = len([name for name in names if name not in ("self", "cls")])
         assert count <= MOST_ARGUMENTS, f"{function.name}: {count} arguments"
+
+
+def test_files_of_tests_are_short_too():
+    for path in TESTS:
+        refuse_long_files(path)
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if is_script(path)], ids=name_module)
@@ -91,7 +101,7 @@ def test_what_is_imported_is_declared():
     lines += (PROJECT / "requirements-dask.txt").read_text(encoding="utf-8").splitlines()
     declared = {re.split(r"[=<>\[ ]", line)[0].lower() for line in lines if line and not line.startswith(("#", "-"))}
     own = {*MAY_IMPORT, "tests"}
-    for path in [*MODULES, *(PROJECT / "tests").glob("*.py")]:
+    for path in [*MODULES, *TESTS]:
         for module in list_imports(path):
             top = module.split(".")[0]
             if top not in own and top not in sys.stdlib_module_names:
@@ -105,7 +115,7 @@ def test_the_store_needs_no_torch_and_no_script_needs_dask():
 
 
 def test_tests_bind_no_private_name():
-    for path in (PROJECT / "tests").glob("*.py"):
+    for path in TESTS:
         for module in list_imports(path):
             assert not any(is_private(part) for part in module.split(".")), f"{path.name} imports {module}"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

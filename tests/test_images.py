@@ -2,12 +2,16 @@
 
 import argparse
 import gzip
+import os
 import struct
+import time
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+import preprocessing.images as images
 from common.cli import DataError
 from preprocessing.images import parse_axes, read_image
 from tests.conftest import ALL_AXES, make_head, store
@@ -207,7 +211,7 @@ BAD_HEADERS = {
         ("voxels of nan", "is singular"),
         ("singular", "is singular"),
         ("endless", "is singular"),
-        ("offset beyond", "is truncated"),
+        ("offset beyond", "says that the voxels begin at byte 1000000000"),
     ],
 )
 def test_a_bad_header_is_called_what_it_is(kind, words, tmp_path):
@@ -234,7 +238,7 @@ def test_a_quaternion_is_an_orientation(tmp_path):
 def test_voxels_missing_inside_a_whole_gzip_are_missed(tmp_path):
     nib.save(make_head(), tmp_path / "a.nii")
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()[:-1]))
-    with pytest.raises(DataError, match=r"is truncated: 337919 of 337920 bytes; copy it again"):
+    with pytest.raises(DataError, match=r"is truncated: 337916 of 337920 bytes; copy it again"):
         read_image(tmp_path / "b.nii.gz")
 
 
@@ -246,3 +250,112 @@ def test_gzip_goes_by_its_name(tmp_path):
     for name, words in (("b.nii.gz", "is not gzip, against its name"), ("c.nii", "is gzip, against its name")):
         with pytest.raises(DataError, match=words):
             read_image(tmp_path / name)
+
+
+# Bounds.
+
+
+def write_extended(path, size, stated=None, offset=None):
+    """A NIfTI file with a header extension of so many bytes, which may say that it is longer."""
+    image = nib.Nifti1Image(np.arange(64, dtype=np.uint8).reshape(4, 4, 4), np.eye(4))
+    header = image.header.copy()
+    header["vox_offset"] = 352 + size if offset is None else offset
+    header["magic"] = b"n+1"
+    extension = np.array([size if stated is None else stated, 6], "<i4").tobytes() + bytes(size - 8)
+    content = header.binaryblock + b"\1\0\0\0" + extension + image.get_fdata().astype(np.uint8).tobytes("F")
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_extensions_of_a_header_are_not_read(ending, tmp_path):
+    for size, stated in ((48, None), (1 << 24, None), (48, 2**31 - 16), (48, -5)):
+        path = write_extended(tmp_path / f"a.{ending}", size, stated)
+        tracemalloc.start()
+        values = read_image(path).values
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        np.testing.assert_array_equal(values, np.arange(64).reshape(4, 4, 4))
+        assert peak < 3e6
+    with pytest.raises(DataError, match="its header says that the voxels begin at byte 100663296; convert it again"):
+        read_image(write_extended(tmp_path / f"a.{ending}", 48, offset=3 << 25))
+
+
+def test_a_header_in_a_file_of_its_own_is_not_read_further_than_a_header_goes(tmp_path):
+    nib.save(nib.Nifti1Pair(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "a.img")
+    with open(tmp_path / "a.hdr", "r+b") as file:
+        file.seek(348)
+        file.write(b"\1\0\0\0" + np.array([1 << 28, 6], "<i4").tobytes())
+        file.truncate(1 << 28)
+    tracemalloc.start()
+    read_image(tmp_path / "a.img")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6
+
+
+def test_a_matrix_of_spm_is_small(tmp_path):
+    nib.save(nib.Spm99AnalyzeImage(np.zeros((4, 4, 4), np.uint8), np.diag([2, 2, 2, 1])), tmp_path / "a.img")
+    read_image(tmp_path / "a.img")
+    with open(tmp_path / "a.mat", "ab") as file:
+        file.truncate((1 << 16) + 1)
+    with pytest.raises(DataError, match=r"a\.mat: is no matrix of SPM's, which takes less than 64 kB; take it away"):
+        read_image(tmp_path / "a.img")
+    (tmp_path / "a.mat").unlink()
+    os.mkfifo(tmp_path / "a.mat")
+    with pytest.raises(DataError, match=r"a\.mat: is no matrix of SPM's"):
+        read_image(tmp_path / "a.img")
+
+
+@pytest.mark.parametrize("name", ["a.img", "a.hdr"])
+def test_a_fifo_is_not_waited_for(name, tmp_path):
+    nib.save(nib.AnalyzeImage(np.zeros((4, 4, 4), np.uint8), None), tmp_path / "a.img")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="is no regular file"):
+        read_image(tmp_path / "a.img", axes="RAS")
+
+
+@pytest.mark.parametrize("deep", [(2049, 2, 2), (2, 2049, 2), (2, 2, 2049)])
+def test_a_stack_is_no_deeper_than_a_brain_can_be(deep, tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros(deep, np.uint8), np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(DataError, match="too many for a brain"):
+        read_image(tmp_path / "a.nii")
+    nib.save(nib.Nifti1Image(np.zeros([min(n, 2048) for n in deep], np.uint8), np.eye(4)), tmp_path / "a.nii")
+    read_image(tmp_path / "a.nii")
+
+
+def test_a_packed_file_is_not_read_beyond_what_it_should_hold(tmp_path):
+    """64 voxels and 64 MB of zeros, which take 64 kB: the end, which is missing, is not come to."""
+    content = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)).to_bytes()
+    packed = gzip.compress(content + bytes(1 << 26))
+    (tmp_path / "a.nii.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="where its header says 416"):
+        read_image(tmp_path / "a.nii.gz")
+
+
+def test_many_empty_pieces_of_gzip_take_no_time(tmp_path):
+    content = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)).to_bytes()
+    empty = gzip.compress(b"")
+    (tmp_path / "a.nii.gz").write_bytes(empty * 1000 + gzip.compress(content) + empty * 1000)
+    read_image(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content) + empty * 70_000)
+    began = time.process_time()
+    with pytest.raises(DataError, match="is packed in more than 65536 pieces"):
+        read_image(tmp_path / "a.nii.gz")
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "mgz"])
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.int16])
+def test_wide_values_are_narrowed_on_the_way_where_there_are_many(ending, dtype, tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(-1000, 1000, (70, 80, 90))
+    if ending == "mgz" and dtype == np.float64:
+        pytest.skip("MGH has no float64")
+    kind = nib.MGHImage if ending == "mgz" else nib.Nifti1Image
+    nib.save(kind(values.astype(dtype), np.eye(4)), tmp_path / f"a.{ending}")
+    for limit, wide in ((1 << 29, False), (1 << 18, dtype == np.float64)):
+        monkeypatch.setattr(images, "WIDE_BYTES", limit)
+        read = read_image(tmp_path / f"a.{ending}").values
+        np.testing.assert_array_equal(read, values)
+        assert read.dtype == (np.float32 if wide else np.dtype(dtype).newbyteorder(">" if ending == "mgz" else "="))

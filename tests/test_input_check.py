@@ -1,5 +1,8 @@
 """Scans that the model has seen are refused, and those unlike its training scans get a warning, each at its limit."""
 
+from dataclasses import replace
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,11 @@ import torch
 from common.cli import DataError
 from evaluation.input_check import find_mismatches, refuse_seen
 from models.baselines import map_deviation
+from models.calibration import LEVELS
 from preprocessing.store import list_scans
-from tests.predictions import PIXEL_MM, SETTINGS, make_calibration, make_predictor, make_scan, make_stack
+from preprocessing.worker import CutSettings, cut_scan
+from tests.conftest import make_head
+from tests.predictions import PIXEL_MM, SETTINGS, SIZE, make_calibration, make_predictor, make_scan, make_stack
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +29,11 @@ def find_warnings(predictor, stack=None, **changes) -> list[str]:
 def test_scans_that_the_model_has_seen_are_refused(processed, tmp_path):
     scans = [*list_scans(processed / "test"), *list_scans(processed / "train")]
     refuse_seen(scans, make_predictor(tmp_path))
-    predictor = make_predictor(tmp_path, seen=[scans[1].source_hash])
+    predictor = make_predictor(tmp_path, seen=[scans[1].hashes[0]])
     with pytest.raises(DataError, match="trained or calibrated on this scan; test it on") as error:
         refuse_seen(scans, predictor)
     assert str(error.value).startswith(str(scans[1].folder))
-    predictor = make_predictor(tmp_path, seen=[scan.source_hash for scan in scans[2:5]])
+    predictor = make_predictor(tmp_path, seen=[scan.hashes[1] for scan in scans[2:5]])
     with pytest.raises(DataError, match="this scan, and on 2 others of these;"):
         refuse_seen(scans, predictor)
 
@@ -64,7 +70,7 @@ def test_voxels_are_not_coarser_than_what_was_tried(predictor, spacing_mm, coars
 
 @pytest.mark.parametrize(
     ("brain_ml", "off", "odd"),
-    [(700, True, False), (699, True, True), (2000, True, False), (2001, True, True), (3000, False, False)],
+    [(700, True, False), (699, True, True), (2200, True, False), (2201, True, True), (3000, False, False)],
 )
 def test_a_brain_mask_has_the_volume_of_an_adult_brain(brain_ml, off, odd, tmp_path):
     predictor = make_predictor(tmp_path, slices=SETTINGS | {"skull_off": off})
@@ -89,6 +95,36 @@ def test_a_flipped_brain_is_seen(axis, words, tmp_path):
     predictor = make_predictor(tmp_path, make_calibration(deviation=0.03))
     warnings = find_warnings(predictor, np.flip(make_stack(), axis))
     found = [one for one in warnings if "more like a healthy brain" in one]
+    assert [f"brain {words} than as its header says" in one for one in found] == [True] * (words is not None)
+
+
+@pytest.mark.parametrize(
+    ("order", "flipped", "words"),
+    [
+        ((0, 1, 2), (), None),
+        ((1, 0, 2), (), "with its posterior-anterior and left-right axes exchanged"),
+        ((0, 2, 1), (), "with its inferior-superior and posterior-anterior axes exchanged"),
+        ((2, 1, 0), (), "with its inferior-superior and left-right axes exchanged"),
+        ((1, 2, 0), (), "with all its axes moved on by one"),
+        ((2, 0, 1), (), "with all its axes moved on by two"),
+        ((1, 0, 2), (2,), "with its posterior-anterior and left-right axes exchanged, upside down"),
+        ((0, 1, 2), (1, 2), "upside down and back to front"),
+    ],
+)
+def test_axes_in_another_order_than_the_header_says_are_seen(order, flipped, words, tmp_path):
+    """The voxel sizes stay right. The model knows one healthy head, the same one."""
+    head, path = make_head(), tmp_path / "a.nii"
+    cut = CutSettings(SETTINGS["keep"], SIZE, SIZE * PIXEL_MM * 1.5)
+    nib.save(head, path)
+    known = cut_scan(path, None, cut).stack
+    levels = known[np.linspace(0, len(known) - 1, LEVELS).round().astype(int)]
+    mean = torch.from_numpy(levels).float()
+    intensity = torch.stack([mean, torch.full_like(mean, 0.02)])
+    slices = SETTINGS | {"pixel_mm": 1.5 * PIXEL_MM}
+    predictor = make_predictor(tmp_path, replace(make_calibration(), intensity=intensity), slices=slices)
+    values = np.flip(head.get_fdata().transpose(order), flipped)
+    nib.save(nib.Nifti1Image(values, np.diag([4.0, 4.0, 4.0, 1.0])), path)
+    found = [one for one in find_mismatches(cut_scan(path, None, cut), predictor) if "more like" in one]
     assert [f"brain {words} than as its header says" in one for one in found] == [True] * (words is not None)
 
 

@@ -1,12 +1,14 @@
 """Maps lie on their scans, viewers open them as they should, BIDS names are valid."""
 
+import gzip
 import json
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
+import pytest
 
-from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.nifti import name_bids, name_owner, read_owner, write_bids_description, write_bids_maps, write_maps
 from evaluation.predictor import Prediction
 from tests.predictions import make_prediction
 
@@ -21,10 +23,10 @@ def make_map() -> np.ndarray:
     return anomaly
 
 
-def predict_map() -> Prediction:
-    """A prediction with that map on a scan of AFFINE; the threshold is 3."""
+def predict_map(affine: np.ndarray = AFFINE) -> Prediction:
+    """A prediction with that map on a scan with this affine; the threshold is 3."""
     made = make_prediction(threshold=3.0)
-    geometry = replace(made.scan.geometry, affine=tuple(map(tuple, AFFINE.tolist())))
+    geometry = replace(made.scan.geometry, affine=tuple(map(tuple, affine.tolist())))
     return replace(made, scan=replace(made.scan, geometry=geometry), native_map=make_map())
 
 
@@ -50,6 +52,17 @@ def test_a_map_and_its_mask_are_written_on_the_scans_grid(tmp_path):
     assert mask.get_fdata().sum() == 2
     assert bytes(anomaly.header["descrip"]).startswith(b"anomaly, times the scan's median")
     assert bytes(mask.header["descrip"]).startswith(b"anomaly at or above 3.000")
+
+
+@pytest.mark.parametrize(("shear", "says"), [(0.0, 1), (0.0005, 1), (0.05, 0), (-0.3, 0)])
+def test_a_sheared_grid_has_no_qform_which_could_not_say_it(shear, says, tmp_path):
+    affine = AFFINE.copy()
+    affine[0, 1] += shear
+    write_maps(tmp_path / "a", predict_map(affine))
+    image = nib.load(tmp_path / "a_anomaly.nii.gz")
+    assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (says, 1)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(image.header.get_zooms(), nib.affines.voxel_sizes(affine), rtol=1e-5)
 
 
 def test_bids_names_are_valid_and_unlike():
@@ -94,3 +107,18 @@ def test_bids_maps_have_sidecars(tmp_path):
         assert sidecar["Description"]
     assert (mask["Type"], mask["Threshold"]) == ("Lesion", 3.0)
     assert statmap["Units"].startswith("times the scan's")
+
+
+def test_a_map_says_whose_it_is(tmp_path):
+    made = predict_map()
+    scan = replace(made.scan, hashes=("0123456789abcdef" * 2, "f" * 32))
+    write_maps(tmp_path / "a", replace(made, scan=scan))
+    assert name_owner(scan) == "0123456789abcdef"
+    for what in ("anomaly", "mask"):
+        assert read_owner(tmp_path / f"a_{what}.nii.gz") == "0123456789abcdef"
+    write_maps(tmp_path / "b", made)
+    (tmp_path / "c_anomaly.nii.gz").write_bytes(b"no gzip")
+    (tmp_path / "d_anomaly.nii.gz").write_bytes(gzip.compress(b"short"))
+    (tmp_path / "e_anomaly.nii.gz").write_bytes((tmp_path / "a_anomaly.nii.gz").read_bytes()[:60])
+    for name in "bcdef":
+        assert read_owner(tmp_path / f"{name}_anomaly.nii.gz") == ""

@@ -6,7 +6,8 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
 from preprocessing.geometry import cut_stack
-from preprocessing.volume import find_brain, read_mask, read_volume
+from preprocessing.masks import read_mask
+from preprocessing.volume import find_brain, read_volume
 from tests.conftest import ALL_AXES, make_head, store
 
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ def test_a_lesion_mask_lies_over_its_lesion(tmp_path):
     path = store(nib.Nifti1Image(values, image.affine), "ASL", tmp_path / "scan.nii")
     mask_path = store(nib.Nifti1Image(mask, image.affine), "ASL", tmp_path / "mask.nii")
     stack, geometry, _ = cut_file(path, size=64)
-    lesion = geometry.cut_mask(read_mask(mask_path, read_volume(path)))
+    lesion = geometry.cut_mask(read_mask(mask_path, read_volume(path))[0])
     assert lesion.sum() > 50
     assert stack[lesion > 0].astype(float).mean() > stack[(stack > 0) & (lesion == 0)].astype(float).max() - 0.1
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from common.cli import DataError
+from evaluation.predictor import Predictor
 from evaluation.regions import list_regions
 from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, score_slices
 from models.baselines import map_brightness, map_deviation
-from models.checkpoint import load_model
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from tests.predictions import (
     PIXEL_MM,
+    SETTINGS,
     SIZE,
     make_calibration,
     make_geometry,
@@ -141,9 +143,56 @@ def test_a_model_of_an_older_version_is_refused(tmp_path):
         make_predictor(tmp_path, seen=None)
 
 
+def test_a_calibration_of_no_numbers_is_named_with_its_file(tmp_path):
+    content = load_checkpoint(write_model(tmp_path / "model.pt"))
+    content["calibration"]["threshold"] = torch.tensor(np.nan)
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=r"model\.pt: the voxel threshold of its calibration"):
+        Predictor.load(tmp_path / "model.pt", torch.device("cpu"))
+
+
+def test_a_map_of_no_numbers_is_no_verdict(tmp_path):
+    """Weights that are finite, but too large for their products to be."""
+    predictor = make_predictor(tmp_path)
+    with torch.no_grad():
+        for values in predictor.model.parameters():
+            values *= 1e30
+    with pytest.raises(DataError, match=r"a_T1w\.nii\.gz: its anomaly map is not of finite numbers"):
+        predictor.predict(make_scan(), baselines=False)
+
+
 def test_a_predictor_knows_what_its_model_has_seen(tmp_path):
     predictor = make_predictor(tmp_path, seen=["abc", "def"])
     assert predictor.seen == {"abc", "def"}
     assert predictor.slices["size"] == SIZE
     assert (predictor.batch_size, predictor.false_positive_rate, predictor.smallest_ml) == (4, 0.05, 0.1)
     assert not predictor.model.training
+
+
+GOOD = make_calibration().to_state()
+BAD_MODELS = {
+    "no calibration": {"calibration": None},
+    "a calibration of nothing": {"calibration": {}},
+    "a calibration of another size": {"calibration": GOOD | {"intensity": GOOD["intensity"][..., :16]}},
+    "a calibration of another model": {
+        "calibration": GOOD | {key: GOOD[key][..., :16, :16] for key in ("intensity", "expected")}
+    },
+    "no scores": {"calibration": GOOD | {"scan_scores": torch.zeros(0)}},
+    "scores of no meaning": {"calibration": GOOD | {"scan_scores": torch.zeros(3, 3)}},
+    "a threshold of words": {"calibration": GOOD | {"threshold": "high"}},
+    "no slices": {"slices": None},
+    "slices of no size": {"slices": SETTINGS | {"size": -1}},
+    "slices of words": {"slices": "128"},
+    "a precision of its own": {"precision": "fp4"},
+    "seen by number": {"seen": 3},
+}
+
+
+@pytest.mark.parametrize("change", BAD_MODELS.values(), ids=BAD_MODELS.keys())
+def test_a_model_that_cannot_be_one_is_one_line(change, tmp_path):
+    path = write_model(tmp_path / "model.pt")
+    content = {key: value for key, value in (load_checkpoint(path) | change).items() if value is not None}
+    save_checkpoint(path, content)
+    with pytest.raises(DataError, match=r"model\.pt: does not hold a model of this version .*; train again") as error:
+        Predictor.load(path, torch.device("cpu"))
+    assert "\n" not in str(error.value)

@@ -10,38 +10,14 @@ import pytest
 from common.cli import DataError
 from common.files import hold_folder
 from preprocessing.preprocess_oasis import main as preprocess
-from preprocessing.preprocess_oasis import parse
 from preprocessing.store import check_same_settings, list_scans
-from tests.conftest import SIZE, make_head
-
-SMALL = ["--size", str(SIZE), "--workers", "1"]
-HEAD = make_head((15, 18, 16), (11.0, 11.0, 11.0))
-
-
-def run(raw, out, *flags):
-    return preprocess(["--raw", str(raw), "--processed", str(out), *SMALL, *flags])
-
-
-def read_places(processed):
-    return {scan.name: f"{scan.split}/{scan.label}" for scan in list_scans(processed)}
-
-
-def read_record(processed):
-    return json.loads((processed / "dataset.json").read_text())
-
-
-def save(path, values=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(HEAD if values is None else nib.Nifti1Image(np.asarray(values), HEAD.affine), path)
-    return path
+from tests.conftest import SIZE
+from tests.trees import HEAD, make_tree, read_places, read_record, run, save, save_lesion
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Three scans in a split/label tree."""
-    for place in ("train/normal/a_T1w.nii", "val/normal/b_T1w.nii", "test/abnormal/c_T1w.nii"):
-        save(tmp_path / "raw" / place)
-    return tmp_path
+    return make_tree(tmp_path)
 
 
 # What it says and leaves.
@@ -49,6 +25,7 @@ def tree(tmp_path):
 
 def test_a_dry_run_lists_every_scan_and_writes_nothing(tree, capsys):
     save(tree / "raw/test/masks/c_brain.nii", (HEAD.get_fdata() > 0).astype(np.uint8))
+    save_lesion(tree)
     for name in ("a", "b"):
         split = {"a": "train", "b": "val"}[name]
         save(tree / f"raw/{split}/masks/{name}_brain.nii", (HEAD.get_fdata() > 0).astype(np.uint8))
@@ -142,6 +119,7 @@ def test_bad_scans_are_named_and_the_others_are_done(tree, capsys):
 
 
 def test_quiet_and_json_print_nothing_else(tree, capsys):
+    save_lesion(tree)
     assert run(tree / "raw", tree / "out", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     assert run(tree / "raw", tree / "out", "--json") == 0
@@ -187,68 +165,6 @@ def test_its_record_can_be_given_back_to_it(processed, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-# Splits that stay.
-
-
-@pytest.fixture
-def discs(tmp_path):
-    """Eight OASIS-2 sessions, two a subject, with a table."""
-    rows = ["Subject ID,MRI ID,Group,Visit,M/F,Age,CDR"]
-    for subject in range(1, 5):
-        for visit in (1, 2):
-            session = f"OAS2_000{subject}_MR{visit}"
-            path = tmp_path / f"raw/OAS2_RAW_PART1/{session}/RAW/mpr-1.nifti.img"
-            path.parent.mkdir(parents=True)
-            nib.save(nib.Nifti1Pair(HEAD.get_fdata().astype("f4"), HEAD.affine), path)
-            cdr = 0.5 if subject == 1 and visit == 2 else 0
-            rows.append(f"OAS2_000{subject},{session},x,{visit},F,{60 + visit},{cdr}")
-    (tmp_path / "table.csv").write_text("\n".join(rows))
-    return tmp_path
-
-
-def test_from_discs_and_table_to_a_split_that_stays(discs, capsys):
-    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--split", "0.34", "0.33", "0.33")
-    assert run(*command, "--dry-run") == 0
-    text = capsys.readouterr().out
-    assert "OASIS-2 raw parts: 8 scans of 4 subjects in 8 sessions" in text
-    assert "OAS2_0001_MR2: subject OAS2_0001, session MR2, axes ASL unless its header gives them" in text
-    assert "  table.csv: CDR 0 -> normal (7 lines)\n  table.csv: CDR 0.5 -> abnormal (1 line)\n" in text
-    later = discs / "raw/OAS2_RAW_PART1/OAS2_0004_MR2"
-    later.rename(discs / "later")
-    assert run(*command) == 0
-    first = read_places(discs / "out")
-    assert (first["OAS2_0001_MR1"], first["OAS2_0001_MR2"]) == ("test/normal", "test/abnormal")
-    assert len({place for name, place in first.items() if "0001" not in name}) == 3
-    (discs / "later").rename(later)
-    capsys.readouterr()
-    assert run(*command, "--seed", "7") == 0
-    assert f"4 subjects have slices in {discs / 'out'} and keep their split" in capsys.readouterr().out
-    second = read_places(discs / "out")
-    assert {name: second[name] for name in first} == first
-    assert second["OAS2_0004_MR2"] == first["OAS2_0004_MR1"]
-    scan = next(scan for scan in list_scans(discs / "out") if scan.name == "OAS2_0004_MR2")
-    assert (scan.record["age"], scan.record["sex"]) == (62, "F")
-    record = read_record(discs / "out")
-    assert (record["layout"], record["flags"]["seed"]) == ("oasis2", 7)
-
-
-def test_a_run_that_was_cut_off_goes_on_with_its_splits(discs):
-    """What a killed run leaves: the splits, but no scan; other flags make new ones."""
-    flags = ("--label", "normal", "--split", "0.5", "0.25", "0.25")
-    run(discs / "raw", discs / "out", *flags)
-    record = read_record(discs / "out")
-    planned = dict.fromkeys(record["splits"], "val")
-    for folder in ("train", "val", "test"):
-        shutil.rmtree(discs / "out" / folder)
-    (discs / "out/dataset.json").write_text(json.dumps(record | {"splits": planned}))
-    run(discs / "raw", discs / "out", *flags)
-    assert read_record(discs / "out")["splits"] == planned
-    for folder in discs.glob("out/*/normal"):
-        shutil.rmtree(folder)
-    run(discs / "raw", discs / "out", *flags, "--seed", "1")
-    assert read_record(discs / "out")["splits"] != planned
-
-
 def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -264,35 +180,7 @@ def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, mon
     assert not list((tree / "out").rglob("*.partial"))
 
 
-def test_a_split_cannot_lead_out_of_the_store(discs):
-    run(discs / "raw", discs / "in/out", "--label", "normal")
-    record = read_record(discs / "in/out")
-    for splits in (dict.fromkeys(record["splits"], "../outside"), ["train"], None):
-        (discs / "in/out/dataset.json").write_text(json.dumps(record | {"splits": splits}))
-        with pytest.raises(DataError, match=r"dataset\.json: cannot be read .*; delete it"):
-            run(discs / "raw", discs / "in/out", "--label", "normal")
-    assert not (discs / "in/outside").exists()
-
-
-# Refusals.
-
-
-def test_a_label_that_changed_is_refused(discs):
-    assert run(discs / "raw", discs / "out", "--label", "normal", "--split", "0", "0", "1") == 0
-    with pytest.raises(DataError, match="is test/abnormal now; delete this folder"):
-        run(discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"))
-
-
-def test_values_of_the_table_are_mapped_by_flags_which_need_a_table(discs, capsys):
-    (discs / "table.csv").write_text("ID,Group\n" + "".join(f"OAS2_000{n},{'AB'[n % 2]} x\n" for n in range(1, 5)))
-    command = (discs / "raw", discs / "out", "--clinical", str(discs / "table.csv"), "--dry-run")
-    with pytest.raises(DataError, match=r"A x \(2 lines\), B x \(2 lines\)"):
-        run(*command)
-    assert run(*command, "--normal-values", "A x", "--abnormal-values", "b_x") == 0
-    assert "  test/abnormal: 4 scans of 2 subjects" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(discs / "raw", discs / "out", "--label", "normal", "--normal-values", "A")
-    assert "give it with --clinical" in capsys.readouterr().err
+# Refusals and warnings.
 
 
 def test_a_subject_in_the_store_on_the_other_side_is_refused(tree):
@@ -313,13 +201,60 @@ def test_one_name_under_both_labels_is_two_scans(tree, capsys):
 
 
 def test_heads_with_and_without_skull_are_refused_and_do_not_mix(tree):
-    box = np.zeros(HEAD.shape, np.float32)
-    box[1:-1, 1:-1, 1:-1] = np.random.default_rng(0).uniform(300, 600, np.subtract(box.shape, 2))  # 3.9 l: no brain
-    save(tree / "raw/train/normal/skull_T1w.nii", box)
+    large = nib.Nifti1Image(HEAD.get_fdata(), HEAD.affine @ np.diag([1.4, 1.4, 1.4, 1]))  # 3.4 l: no brain
+    nib.save(large, tree / "raw/train/normal/skull_T1w.nii")
     with pytest.raises(DataError, match=r"3 scans have their skull off and 1 do not.*skull_T1w$"):
         run(tree / "raw", tree / "out")
     with pytest.raises(DataError, match="skull_off"):
         check_same_settings(list(list_scans(tree / "out")))
+
+
+def test_abnormal_scans_without_a_lesion_mask_and_masks_without_a_scan_are_named(tree, capsys):
+    assert run(tree / "raw", tree / "out", "--quiet") == 0
+    err = capsys.readouterr().err
+    assert "1 abnormal scans have no lesion mask: c_T1w; " in err
+    save_lesion(tree)
+    for name in ("d_lesion.nii", "a_lesion.nii", "odd.nii"):
+        save_lesion(tree, name)
+    for dry in ([], ["--dry-run"]):
+        assert run(tree / "raw", tree / "out", "--quiet", *dry) == 0
+        err = capsys.readouterr().err
+        assert "no lesion mask" not in err
+        assert "3 masks belong to no scan that can have them: a_lesion.nii, d_lesion.nii, odd.nii" in err
+
+
+def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, capsys):
+    values = HEAD.get_fdata().copy()
+    values[1, 1, 1] = 500  # apart from the brain
+    for number, place in enumerate(("train/normal/a_T1w.nii", "val/normal/b_T1w.nii")):
+        save(tree / "raw" / place, np.where(values > 0, values + 9 * number * (values % 7), 0))
+    soft = np.zeros(HEAD.shape, np.float32)
+    soft[6:9, 8:11, 7:10] = 100
+    soft[9, 8:11, 7:10] = np.linspace(0.5, 60, 9).reshape(3, 3)
+    save(tree / "raw/test/masks/c_lesion.nii", soft)
+    for _ in range(2):
+        assert run(tree / "raw", tree / "out", "--quiet") == 0
+        err = capsys.readouterr().err.splitlines()
+        assert "2 scans: pieces apart from the brain were dropped: a_T1w (1.33 ml), b_T1w (1.33 ml)" in err
+        assert "1 scans: its lesion mask: soft, and cut at one half: c_T1w (0 to 100, cut at 50)" in err
+
+
+def test_lesion_labels_are_picked(tree, capsys):
+    labels = np.zeros(HEAD.shape, np.int16)
+    labels[6:9, 8:11, 7:9], labels[6:9, 8:11, 9], labels[6:9, 8:11, 10] = 1, 2, 4
+    save(tree / "raw/test/masks/c_lesion.nii", labels)
+
+    def count(*flags):
+        assert run(tree / "raw", tree / "out", "--keep", "1", *flags) == 0
+        return sum(next(list_scans(tree / "out/test")).record["lesion_voxels"])
+
+    assert count() == 36
+    assert "its lesion mask: all its labels are taken: c_T1w (1, 2, 4)" in capsys.readouterr().err
+    assert count("--lesion-labels", "1", "4") == 27
+    assert "lesion mask" not in capsys.readouterr().err
+    assert count("--lesion-labels", "2") == 9
+    assert run(tree / "raw", tree / "out", "--lesion-labels", "7") == 3
+    assert "c_lesion.nii: holds none of the labels 7; it has 1, 2, 4" in capsys.readouterr().err
 
 
 def test_the_second_process_in_a_store_is_refused(tree):
@@ -336,66 +271,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(tree):
             run(tree / "raw", out)
 
 
-# Flags.
+def test_a_folder_that_is_not_the_stores_loses_nothing(tree):
+    """The store in a folder with other things in it, a link among them that leads outside."""
+    out = tree / "home"
+    for name in (".venv.old", ".cache.partial", "train/.git.old", "masks"):
+        (out / name).mkdir(parents=True)
+        (out / name / "kept").touch()
+    (out / "test").symlink_to(tree / "raw")
+    assert run(tree / "raw", out) == 3
+    assert len(list(out.rglob("kept"))) == 4
+    assert not (tree / "raw/abnormal").exists()
+    assert set(read_places(out)) == {"a_T1w", "b_T1w"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--keep", "0"], "--keep"),
-        (["--keep", "1.01"], "--keep"),
-        (["--size", "24"], "--size"),
-        (["--size", "0"], "--size"),
-        (["--fov-mm", "0"], "--fov-mm"),
-        (["--split", "0.5", "0.5", "0.1"], "--split"),
-        (["--split", "1.5", "-0.5", "0"], "--split"),
-        (["--workers", "0"], "--workers"),
-        (["--volume", "-1"], "--volume"),
-        (["--json", "--dry-run"], "--json"),
-        (["--axes", "RAL"], "--axes"),
-        (["--axes", "RASA"], "--axes"),
-        (["--subject-pattern", "p[0-9]+"], "--subject-pattern"),
-        (["--subject-pattern", "(p"], "--subject-pattern"),
-        (["--lab", "normal"], "--lab"),
-    ],
-)
-def test_wrong_usage_ends_with_2(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(flags)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_defaults_and_limits_of_flags():
-    args = parse([])
-    assert (args.keep, args.size, args.fov_mm, args.seed, args.modality) == (0.7, 128, None, 0, "t1")
-    assert args.split == [0.8, 0.1, 0.1]
-    args = parse(["--keep", "1", "--size", "16", "--fov-mm", "0.1", "--workers", "1", "--volume", "0", "--axes", "asl"])
-    assert (args.keep, args.size, args.axes) == (1, 16, "ASL")
-
-
-# On a cluster.
-
-
-def test_a_cluster_gives_the_same_slices_and_goes_on(raw, processed, tmp_path, capsys):
-    distributed = pytest.importorskip("distributed")
-    # Two workers: with one, joblib does the work where it is started.
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path)}
-    with distributed.LocalCluster(**options) as cluster:
-        command = ["--raw", str(raw), "--processed", str(tmp_path / "out"), "--size", str(SIZE)]
-        command += ["--dask", cluster.scheduler_address]
-        assert preprocess(command) == 0
-        assert "9 done" in capsys.readouterr().out
-        assert cluster.scheduler.transition_counter > 9, "the cluster did nothing"
-        assert preprocess(command) == 0
-        assert "0 done, 9 unchanged" in capsys.readouterr().out
-    ours, theirs = list(list_scans(tmp_path / "out")), list(list_scans(processed))
-    assert [scan.name for scan in ours] == [scan.name for scan in theirs]
-    for scan, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(scan.read_stack(), other.read_stack())
-
-
-def test_no_scheduler_is_one_line(tree):
-    pytest.importorskip("distributed")
-    with pytest.raises(DataError, match="no Dask scheduler answers"):
-        run(tree / "raw", tree / "out", "--dask", "nowhere")
+def test_a_bad_record_takes_nothing_else_out(tree):
+    run(tree / "raw", tree / "out")
+    record = tree / "out/train/normal/a_T1w/scan.json"
+    whole = record.read_bytes()
+    record.write_text('{"shape": [5000, 5000, 5000]}')
+    assert run(tree / "raw", tree / "out") == 0
+    assert record.read_bytes() == whole

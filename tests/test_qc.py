@@ -5,6 +5,7 @@ import pytest
 
 from preprocessing.qc import draw_contact_sheet
 from preprocessing.store import read_scan, write_scan
+from tests.test_store import RECORD
 
 SIZE = 16
 
@@ -22,7 +23,8 @@ def make_scan(root, name, place="train/normal", marks=None):
     stack = np.full((3, SIZE, SIZE), 0.5, np.float16)
     if marks:
         stack[1][marks] = 1
-    record = {"slices": [4, 5, 6], "size": SIZE, "subject": name, "axes": "PSR", "spacing_mm": [1, 1, 1]}
+    record = RECORD | {"slices": [4, 5, 6], "size": SIZE, "subject": name, "axes": "PSR", "shape": [30, 30, 30]}
+    del record["lesion_voxels"]
     write_scan(root / place / name, stack, None, record)
     return read_scan(root / place / name)
 

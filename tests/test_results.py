@@ -10,6 +10,8 @@ from evaluation.predictor import DETECTORS
 from evaluation.results import Results
 from tests.predictions import make_prediction
 
+KNOWN = {"without_lesion_mask": 0}
+
 
 def make_results(kinds: dict | None = None) -> Results:
     return Results(kinds or {})
@@ -61,7 +63,7 @@ def test_a_prediction_is_kept_as_rows_and_counts():
         thresholds, table = results.voxels[name].table()
         assert thresholds.tolist() == [8, 1]
         np.testing.assert_array_equal(table, [[[0, brain - lesion_pixels], [lesion_pixels, 0]]])
-    assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1}
+    assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1} | KNOWN
 
 
 def test_the_kind_of_a_lesion_goes_by_the_name_with_and_without_the_contrast():
@@ -80,7 +82,7 @@ def test_results_are_counted():
     results = add_prediction(make_results(), "a_T1w", subject="a")
     add_prediction(results, "b_T1w", "normal", subject="b")
     add_prediction(results, "c_T1w", "normal", subject="b")
-    assert results.count() == {"normal": 2, "abnormal": 1, "slices": 3, "subjects": 2, "lesions": 3}
+    assert results.count() == {"normal": 2, "abnormal": 1, "slices": 3, "subjects": 2, "lesions": 3} | KNOWN
     assert results.voxels["mse"].table()[1].shape[0] == 2, "voxels are counted by subject"
 
 
@@ -95,7 +97,7 @@ def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
         ("normal", 0),
     ]
     results.scans[0]["lesion_known"] = False
-    assert results.list_counted_slices() == results.slices, "without masks, all slices of an abnormal scan"
+    assert results.list_counted_slices() == results.slices[-1:], "which of its slices are abnormal is not known"
 
 
 def make_measured(masks_known: bool = True) -> Results:
@@ -139,15 +141,32 @@ def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
     assert figures["score"]["prevalence"] == 0.5
 
 
-def test_what_needs_both_labels_or_all_masks_is_not_measured_without():
-    figures = make_measured(masks_known=False).measure(3.0, quiet=True)["score"]
-    assert "voxel_ap" not in figures
-    assert figures["slice_auroc"]["slices"] == 18, "all slices of abnormal scans"
+def test_what_needs_both_labels_is_not_measured_without():
     results = make_measured()
     results.scans, results.slices = results.scans[3:], results.slices[9:]
     assert "scan_auroc" not in results.measure(3.0, quiet=True)["score"]
     results.voxels = {name: type(counts)() for name, counts in results.voxels.items()}
     assert results.measure(3.0, quiet=True) == {name: {} for name in DETECTORS}
+
+
+def test_an_abnormal_scan_without_a_mask_takes_itself_out_and_nobody_else():
+    """The third scan, b2: its three slices go; all figures are those of the other five scans, but for scan figures."""
+    all_known, one_unknown = make_measured(), make_measured(masks_known=False)
+    assert one_unknown.name_unknown() == ["b2"]
+    assert one_unknown.count()["without_lesion_mask"] == 1
+    figures = one_unknown.measure(3.0, quiet=True)["score"]
+    assert figures["scan_auroc"]["value"] == all_known.measure(3.0, quiet=True)["score"]["scan_auroc"]["value"]
+    without = make_measured()
+    without.scans = [row for row in without.scans if row["scan"] != "b2"]
+    without.slices = [row for row in without.slices if row["scan"] != "b2"]
+    others = without.measure(3.0, quiet=True)["score"]
+    for name in ("slice_auroc", "slice_ap", "voxel_ap", "dice", "best_dice"):
+        assert figures[name] == others[name]
+    assert (figures["voxel_ap"]["scans"], figures["voxel_ap"]["slices"], figures["slice_auroc"]["slices"]) == (
+        5,
+        15,
+        13,
+    )
 
 
 def test_lesions_are_measured_by_volume_and_by_kind():

@@ -1,9 +1,13 @@
 """The scans in a folder are found with their masks, and in a tree with their split and label."""
 
+import os
+import socket
+from pathlib import Path
+
 import pytest
 
 from common.cli import DataError
-from preprocessing.scans import TREE, explain_no_scans, list_volumes, name_scan, search
+from preprocessing.scans import TREE, explain_no_scans, list_volumes, name_scan, search, walk
 
 
 def touch(*paths):
@@ -24,6 +28,7 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
         tmp_path / "test/masks/c_T1w_brain.nii.gz",
         tmp_path / "test/masks/c_lesion.nii.gz",
         tmp_path / "test/masks/d_lesion.nii",
+        tmp_path / "test/masks/gone_lesion.nii",
         tmp_path / "test/masks/d_T1w_brain.nii.gz",
         tmp_path / "test/masks/d2_brain.nii",
         tmp_path / "elsewhere/e_T1w.nii",
@@ -43,7 +48,25 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
     }
     assert found.scans[0].path.relative_to(tmp_path).as_posix() == "train/normal/a_T1w.nii.gz"
     assert {scan.subject for scan in found.scans} == {"a", "b", "c", "d", "d2"}
-    assert found.refused == found.left_out == []
+    assert found.refused == []
+    assert found.left_out == [
+        (str(tmp_path / "test/masks/c_lesion.nii.gz"), "a lesion mask, but its scan is normal"),
+        (str(tmp_path / "test/masks/gone_lesion.nii"), "a mask of no scan here"),
+    ]
+
+
+def test_masks_in_a_tree_go_by_the_names_that_tools_give_them(tmp_path):
+    brains = ("_brain_mask", "_T1w_brain", "_bet_mask", "_brainmask")
+    lesions = ("_lesion_mask", "_T1w_lesion", "_label-lesion_roi", "_seg")
+    for number, (brain, lesion) in enumerate(zip(brains, lesions, strict=True)):
+        scan = tmp_path / f"test/abnormal/p{number}_T1w.nii"
+        touch(scan, *(tmp_path / f"test/masks/p{number}{end}.nii" for end in (brain, lesion)))
+    found = search(tmp_path)
+    assert [(scan.brain_mask.stem, scan.lesion_mask.stem) for scan in found.scans] == [
+        (f"p{number}{brain}", f"p{number}{lesion}")
+        for number, (brain, lesion) in enumerate(zip(brains, lesions, strict=True))
+    ]
+    assert found.left_out == []
 
 
 def test_masks_beside_a_scan_count_where_the_tree_has_none(tmp_path):
@@ -143,3 +166,49 @@ def test_the_demo_cohort_is_found(raw):
     assert {scan.name for scan in scans if scan.lesion_mask} == {s.name for s in scans if s.label == "abnormal"}
     for scan in scans:
         assert scan.brain_mask.name.startswith(scan.name.removesuffix("_T1w"))
+
+
+def test_fifos_devices_and_sockets_are_passed_over_and_said(tmp_path, monkeypatch):
+    folder = tmp_path / "train/normal"
+    touch(folder / "a.nii", tmp_path / "elsewhere.nii")
+    os.mkfifo(folder / "fifo.nii")
+    (folder / "device.nii.gz").symlink_to("/dev/zero")
+    (folder / "link.nii").symlink_to(tmp_path / "elsewhere.nii")
+    (folder / "lost.nii").symlink_to(tmp_path / "nowhere.nii")
+    monkeypatch.chdir(folder)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.img")
+        found = search(tmp_path)
+    assert [scan.name for scan in found.scans] == ["a", "link", "lost"], "a lost file is missed when it is read"
+    special = [str(folder / name) for name in ("device.nii.gz", "fifo.nii", "socket.img")]
+    assert found.left_out == [(path, "no regular file") for path in special]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_counts(tmp_path, monkeypatch):
+    touch(tmp_path / "train/normal/a.nii", tmp_path / "train/normal/closed/b.nii", tmp_path / "val/normal/c.nii")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    closed = tmp_path / "train/normal/closed"
+    why = f"{closed}: cannot be read (Permission denied), nor what is in it; allow access to it"
+    found = search(tmp_path)
+    assert [scan.name for scan in found.scans] == ["a", "c"]
+    assert found.refused == [(str(closed), why)]
+    assert walk(tmp_path / "train")[2] == [(closed, why)]
+
+
+def test_names_that_are_no_utf_8_are_spelled(tmp_path):
+    folder = os.fsencode(tmp_path / "val/normal")
+    os.makedirs(folder)
+    for name in (b"M\xfcller_T1w.nii", "Müller2_T1w.nii".encode()):
+        with open(os.path.join(folder, name), "w"):
+            pass
+    scans = search(tmp_path).scans
+    assert [(scan.name, scan.subject) for scan in scans] == [("Müller2_T1w", "Müller2"), ("M%FCller_T1w", "M%FCller")]
+    assert all(scan.path.exists() for scan in scans)
+    assert name_scan(scans[1].path) == "M%FCller_T1w"

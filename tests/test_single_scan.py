@@ -1,6 +1,8 @@
 """One scan from its file to its verdict: what is printed, what is left, which slices are shown."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import evaluation.single_scan as single_scan
 from common.cli import DataError
 from evaluation.evaluate import main as evaluate
 from evaluation.predictor import Predictor
-from evaluation.single_scan import choose_apart
+from evaluation.single_scan import choose_apart, choose_name
 from preprocessing.worker import CutSettings, cut_scan
 from tests.conftest import make_head
-from tests.predictions import SETTINGS, make_calibration, make_geometry, make_prediction, write_model
+from tests.predictions import SETTINGS, make_calibration, make_geometry, make_prediction, make_scan, write_model
 
 HIGH = 1e6  # a score that no scan has
 
@@ -34,9 +37,9 @@ def run_scan(folder: Path, *more: str, scan: str = "head_T1w.nii.gz") -> int:
     return evaluate([*command, "--scan", str(folder / scan), *more])
 
 
-def run_json(folder: Path, capsys, *more: str) -> dict:
+def run_json(folder: Path, capsys, *more: str, scan: str = "head_T1w.nii.gz") -> dict:
     capsys.readouterr()
-    assert run_scan(folder, *more, "--json") == 0
+    assert run_scan(folder, *more, "--json", scan=scan) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -197,3 +200,137 @@ def test_one_volume_of_several_is_taken(folder, capsys):
     nib.save(series, folder / "head_T1w.nii.gz")
     assert run_json(folder, capsys, "--volume", "1")["scans"][0]["score"] == whole["score"]
     assert run_json(folder, capsys, "--volume", "0")["scans"][0]["score"] != whole["score"]
+
+
+# Whose files they are.
+
+
+def list_owners(out: Path) -> dict[str, np.ndarray]:
+    """{name of a map: where it was scored}."""
+    return {path.name: np.isfinite(nib.load(path).get_fdata()) for path in sorted(out.glob("*_anomaly.nii.gz"))}
+
+
+def save_patients(folder: Path) -> list[Path]:
+    """Two patients with one file name, whose brains differ in size."""
+    paths = []
+    for number, name in enumerate(("anna", "bert")):
+        head = make_head()
+        values = np.where(head.get_fdata() > 480 + 60 * number, head.get_fdata(), 0)
+        (folder / name).mkdir()
+        nib.save(nib.Nifti1Image(values.astype(np.float32), head.affine), folder / name / "T1.nii.gz")
+        paths.append(folder / name / "T1.nii.gz")
+    return paths
+
+
+def test_two_patients_with_one_file_name_keep_their_own_files(folder, capsys):
+    paths = save_patients(folder)
+    for _ in range(2):  # one after the other, and again: each finds its own
+        names = []
+        for path in paths:
+            capsys.readouterr()
+            assert run_scan(folder, "--json", scan=str(path.relative_to(folder))) == 0
+            (found,) = json.loads(capsys.readouterr().out)["scans"]
+            names.append(Path(found["files"]["map"]).name)
+        assert names == ["T1_anomaly.nii.gz", "bert_T1_anomaly.nii.gz"]
+        scored = list_owners(folder / "out")
+        assert list(scored) == names
+        assert scored[names[0]].sum() > 1.2 * scored[names[1]].sum()
+    assert len(list((folder / "out").iterdir())) == 6
+
+
+def test_several_scans_of_one_name_at_once(folder, capsys):
+    anna, bert = save_patients(folder)
+    copy = folder / "carl/T1.nii.gz"
+    copy.parent.mkdir()
+    copy.write_bytes(bert.read_bytes())
+    command = ["--json", "--scan", str(bert), str(copy)]
+    capsys.readouterr()
+    assert run_scan(folder, *command, scan="anna/T1.nii.gz") == 0
+    found = json.loads(capsys.readouterr().out)["scans"]
+    assert [Path(one["files"]["map"]).name for one in found] == [
+        "T1_anomaly.nii.gz", "bert_T1_anomaly.nii.gz", "carl_T1_anomaly.nii.gz",
+    ]  # fmt: skip
+    assert [one["file"] for one in found] == [str(path) for path in (anna, bert, copy)]
+
+
+@pytest.mark.parametrize("theirs", ["head_T1w.png", "head_T1w_mask.nii.gz", "head_T1w_anomaly.nii.gz"])
+def test_a_users_file_is_not_written_over(theirs, folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out" / theirs).write_bytes(b"a user's own")
+    (found,) = run_json(folder, capsys)["scans"]
+    assert (folder / "out" / theirs).read_bytes() == b"a user's own"
+    assert Path(found["files"]["map"]).name == f"{folder.name}_head_T1w_anomaly.nii.gz"
+
+
+def test_names_go_up_the_folders_and_then_by_number(tmp_path):
+    scan = make_scan(name="T1", source="/data/site/anna/T1.nii", hashes=("v1", "f1"))
+    names = set()
+    for wanted in ("T1", "anna_T1", "site_anna_T1", "T1_2", "T1_3"):
+        assert choose_name(scan, tmp_path, names) == wanted
+        names.add(wanted)
+    with pytest.raises(DataError, match="its name takes more than 200 bytes"):
+        choose_name(replace(scan, name="x" * 201), tmp_path, set())
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_scan_that_the_model_has_seen_gets_no_verdict(kind, folder, capsys):
+    """By its voxels, packed and named otherwise; by its file where the model is of an older version."""
+    scan = cut_scan(folder / "head_T1w.nii.gz", None, CutSettings(keep=0.7, size=32))
+    write_model(folder / "run/model.pt", seen=[scan.hashes[kind]])
+    content = run_json(folder, capsys)
+    (found,) = content["scans"]
+    assert found["verdict"] == "no verdict"
+    assert found["unlike_training"][0].startswith("the model was trained or calibrated on this scan")
+    assert run_scan(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = next(i for i, line in enumerate(lines) if "the model was trained or calibrated on this scan" in line)
+    assert said < next(i for i, line in enumerate(lines) if "  no verdict at a false-positive rate of" in line)
+    nib.save(make_head(), folder / "renamed.nii")
+    (found,) = run_json(folder, capsys, scan="renamed.nii")["scans"]
+    assert (found["verdict"] == "no verdict") == (kind == 0)
+    nib.save(make_head(seed=1), folder / "other.nii")
+    (found,) = run_json(folder, capsys, scan="other.nii")["scans"]
+    assert found["verdict"] != "no verdict"
+
+
+def test_what_is_no_file_is_not_waited_for(folder):
+    os.mkfifo(folder / "fifo.nii")
+    (folder / "zero.nii").symlink_to("/dev/zero")
+    for name in ("fifo.nii", "zero.nii"):
+        with pytest.raises(DataError, match=rf"{name}: is no regular file"):
+            run_scan(folder, scan=name)
+
+
+def test_a_full_disk_ends_it_and_one_lost_file_does_not(folder, monkeypatch, capsys):
+    nib.save(make_head(seed=1), folder / "other.nii")
+    more = ["--scan", str(folder / "other.nii")]
+    write = single_scan.write_figure
+
+    def fail(number, path, figure):
+        if path.name == "head_T1w.png":
+            raise OSError(number, os.strerror(number), str(path))
+        write(path, figure)
+
+    monkeypatch.setattr(single_scan, "write_figure", lambda *given: fail(errno.ENOSPC, *given))
+    with pytest.raises(OSError, match="No space"):
+        run_scan(folder, *more)
+    monkeypatch.setattr(single_scan, "write_figure", lambda *given: fail(errno.EIO, *given))
+    assert run_scan(folder, *more) == 3
+    assert f"skipped {folder}/out/head_T1w.png: Input/output error; check the disk" in capsys.readouterr().err
+
+
+def test_no_link_leads_a_map_outside(folder):
+    (folder / "kept").write_text("kept")
+    (folder / "out").mkdir()
+    for name in ("head_T1w.png", ".partial-head_T1w.png", ".partial-head_T1w_anomaly.nii.gz", ".head_T1w_mask.nii.gz"):
+        (folder / "out" / name).symlink_to(folder / "kept")
+    assert run_scan(folder) == 0
+    assert (folder / "kept").read_text() == "kept"
+
+
+def test_a_name_that_is_no_utf_8_goes_through(folder, capsys):
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller.nii"))
+    nib.save(make_head(), path)
+    (found,) = run_json(folder, capsys, scan=path.name)["scans"]
+    assert Path(found["files"]["map"]).name == "M%FCller_anomaly.nii.gz"
+    assert Path(found["files"]["picture"]).exists()

@@ -63,3 +63,16 @@ def test_counts_in_words():
 @pytest.mark.parametrize(("figure", "text"), [(None, ""), (make_metric(0.25), "0.250 (0.150–0.350)")])
 def test_a_metric_in_words(figure, text):
     assert format_figure(figure) == text
+
+
+def test_a_name_stays_in_its_cell():
+    name = "a|b\n![x](http://x) <img src=x> `c` *d* \\e & 50% $f$ #{g} ~^"
+    markdown = format_markdown({name: make_metrics(0.2)})
+    (line,) = [line for line in markdown.splitlines() if "anomaly map" in line]
+    escaped = "| a\\|b !\\[x\\](http://x) \\<img src=x\\> \\`c\\` \\*d\\* \\\\e & 50% $f$ #{g} ~^, anomaly map |"
+    assert line.startswith(escaped)
+    latex = format_latex({name: make_metrics(0.2)})
+    (line,) = [line for line in latex.splitlines() if "anomaly map" in line]
+    for raw, wanted in (("50%", r"50\%"), ("$f$", r"\$f\$"), (" & 50", r" \& 50"), ("#{g}", r"\#\{g\}")):
+        assert wanted in line
+        assert raw not in line.replace(wanted, "")

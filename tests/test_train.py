@@ -12,7 +12,7 @@ import torch
 import training.train as training
 import training.trainer as trainer
 from common.cli import DataError
-from models.checkpoint import load_model
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from preprocessing.store import list_scans
 from preprocessing.subjects import key_subject
 from tests.conftest import TINY
@@ -162,6 +162,48 @@ def test_a_subject_on_two_sides_is_refused(processed, tmp_path, split):
     shutil.copytree(scan.folder, tmp_path / "data" / split / "another_session")
     with pytest.raises(DataError, match=f"subject {scan.subject} is in"):
         training.main(["--data", str(tmp_path / "data"), "--run", str(tmp_path / "run"), *TINY])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_copy_on_two_sides_is_refused_with_both_names(processed, tmp_path, split):
+    """Under another subject and another file, its voxels alone tell."""
+    shutil.copytree(processed, tmp_path / "data")
+    scan = next(list_scans(tmp_path / "data/train"))
+    copy = tmp_path / f"data/{split}/normal/copy"
+    shutil.copytree(scan.folder, copy)
+    changes = {"subject": "nobody", "source": "/else/copy.nii", "sources": {"copy.nii": "f" * 64}}
+    (copy / "scan.json").write_text(json.dumps(scan.record | changes))
+    with pytest.raises(DataError, match="holds the same scan as") as error:
+        find_training_scans(tmp_path / "data", 0.1, 0)
+    assert str(copy) in str(error.value)
+    assert str(scan.folder) in str(error.value)
+
+
+def test_a_bad_record_takes_only_itself_out_of_training(processed, tmp_path, capsys):
+    shutil.copytree(processed, tmp_path / "data")
+    scans = list(list_scans(tmp_path / "data/train"))
+    (scans[0].folder / "scan.json").write_text("{}")
+    train, _ = find_training_scans(tmp_path / "data", 0.1, 0)
+    assert [scan.name for scan in train] == [scan.name for scan in scans[1:]]
+
+
+@pytest.mark.parametrize("content", [{}, {"config": 3}, {"config": {}}])
+def test_a_state_that_is_none_is_one_line(content, processed, tmp_path):
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run/last.pt", content)
+    with pytest.raises(DataError, match=r"last\.pt: holds no state of a training run|was trained with other settings"):
+        training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY])
+
+
+def test_a_state_without_its_parts_is_one_line(processed, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/model.pt").unlink()
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    for key, value in (("optimiser", {}), ("model", {"a": 1}), ("rows", None), ("best", None)):
+        broken = state | {key: value} if value is not None else {k: v for k, v in state.items() if k != key}
+        save_checkpoint(tmp_path / "run/last.pt", broken)
+        with pytest.raises(DataError, match=r"last\.pt: holds no state of a training run; delete it"):
+            training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY])
 
 
 def test_slices_made_otherwise_are_refused(processed, tmp_path):

@@ -202,8 +202,8 @@ def test_the_best_weights_are_kept_and_calibrated_on_the_validation_scans(proces
     assert content["calibration"].keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(content["calibration"][name], values, msg=name)
-    assert content["seen"] == sorted(scan.source_hash for part in scans for scan in part)
-    assert len(content["seen"]) == 5
+    assert content["seen"] == sorted(one for part in scans for scan in part for one in scan.hashes)
+    assert len(content["seen"]) == 2 * 5, "by voxels and by file"
     assert content["slices"] == check_same_settings(scans[0])
     assert content["precision"] == "fp32"
     assert content["config"] == NETWORKS["dae"]

@@ -1,14 +1,17 @@
-"""A file becomes a volume the right way up, and the brain in it is found."""
+"""A file becomes a volume the right way up, and the brain in it is found, whatever its units."""
+
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, io_orientation
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from skimage.filters import threshold_otsu
 
 from common.cli import DataError
-from preprocessing.volume import Volume, fill_holes, find_brain, read_mask, read_volume
+from preprocessing.volume import Volume, fill_holes, find_brain, read_volume
 from tests.conftest import ALL_AXES, make_head, store
 
 SMALL = np.arange(24, dtype=np.int16).reshape(2, 3, 4)  # left-right, posterior-anterior, inferior-superior
@@ -59,41 +62,9 @@ def test_a_trailing_axis_of_one_is_dropped(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").values, SMALL)
 
 
-def test_a_mask_is_what_lies_above_zero_the_way_its_scan_lies(tmp_path):
-    volume = read_volume(save_small(tmp_path / "a.nii", "PSR"))
-    values = np.where(SMALL % 3 == 0, 0.5, np.where(SMALL % 3 == 1, 0, -1)).astype(np.float32)
-    mask = read_mask(save_small(tmp_path / "m.nii", "PSR", values), volume)
-    assert mask.dtype == bool
-    np.testing.assert_array_equal(mask, SMALL % 3 == 0)
-
-
-def test_an_analyze_mask_is_read_with_the_axes_of_its_scan(tmp_path):
-    head = make_head()
-    path = store(head, "ASL", tmp_path / "a.img", nib.AnalyzeImage)
-    mask = nib.Nifti1Image((head.get_fdata() > 600).astype(np.int16), head.affine)
-    mask_path = store(mask, "ASL", tmp_path / "m.img", nib.AnalyzeImage)
-    np.testing.assert_array_equal(read_mask(mask_path, read_volume(path, "ASL"), "ASL"), head.get_fdata() > 600)
-
-
-def test_a_mask_that_does_not_fit_is_refused(tmp_path):
-    volume = read_volume(save_small(tmp_path / "a.nii"))
-    for name, shift_mm, values in (("moved", 0.02, SMALL), ("cut", 0, SMALL[:, :, 1:])):
-        affine = volume.affine.copy()
-        affine[2, 3] += shift_mm
-        nib.save(nib.Nifti1Image(values, affine), tmp_path / f"{name}.nii")
-        with pytest.raises(DataError, match=rf"{name}\.nii.*do not fit.*resample"):
-            read_mask(tmp_path / f"{name}.nii", volume)
-    affine = volume.affine.copy()
-    affine[2, 3] += 0.005  # less than rounding in a header
-    nib.save(nib.Nifti1Image(SMALL, affine), tmp_path / "rounded.nii")
-    assert read_mask(tmp_path / "rounded.nii", volume).sum() == 23
-    with pytest.raises(DataError, match=r"e\.nii: is empty"):
-        read_mask(save_small(tmp_path / "e.nii", values=np.zeros_like(SMALL)), volume)
-
-
 @pytest.mark.parametrize("background", [0, -7])
 def test_a_stripped_scan_is_all_that_is_not_its_background(background):
-    values = make_block((14, 14, 14), ((2, 2, 2), (12, 12, 12), 5), ((2, 5, 5), (4, 8, 8), -9))
+    values = make_block((14, 14, 14), ((2, 2, 2), (12, 12, 12), 5), ((2, 5, 5), (4, 8, 8), -12))
     values = np.where(values == 0, background, values)
     values[3, 3, 3] = background  # a hole inside the brain is brain
     brain, skull_off = find_brain(make_volume(values))
@@ -171,6 +142,116 @@ def test_a_head_is_found_as_it_is():
     assert (found == head).mean() > 0.98
 
 
+def make_whole_head(shrink=1.0, bone=40.0, noise=20.0):
+    """(volume of 3 mm voxels, its brain, its head): a brain of 1.4 l with bone and scalp around it, noise everywhere.
+
+    shrink: of all lengths in mm.
+    """
+    x, y, z = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * 3.0 for n in (64, 76, 64)], indexing="ij")
+    radius = np.sqrt((x / 64) ** 2 + (y / 82) ** 2 + (z / 64) ** 2)
+    values = np.select([radius < 1, radius < 1.06, radius < 1.16, radius < 1.28], [600 + x + y, 150, bone, 800], 0.0)
+    rng = np.random.default_rng(0)
+    values = np.hypot(values + rng.normal(0, noise, values.shape), rng.normal(0, noise, values.shape))
+    return make_volume(values.astype(np.float32), (3.0 * shrink,) * 3), radius < 1, radius < 1.28
+
+
+def change(volume, values):
+    return replace(volume, values=values, shape=values.shape)
+
+
+def overlap(a, b):
+    """Dice."""
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+OTHER_UNITS = {
+    "hounsfield": lambda values: values - 1024,
+    "above 0": lambda values: values + 500,
+    "z-scores": lambda values: (values - values.mean()) / values.std(),
+    "-1 to 1": lambda values: values / values.max() * 2 - 1,
+}
+
+
+@pytest.mark.parametrize("unit", OTHER_UNITS)
+@pytest.mark.parametrize("stripped", [True, False])
+def test_a_brain_or_head_is_the_same_in_all_units(unit, stripped):
+    volume, brain, _ = make_whole_head()
+    values = volume.values * brain if stripped else volume.values
+    wanted, skull_off = find_brain(change(volume, values))
+    assert skull_off is stripped
+    found, skull_off = find_brain(change(volume, OTHER_UNITS[unit](values)))
+    assert skull_off is stripped
+    assert (found != wanted).mean() < 1e-5, "rounding alone"
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_what_was_padded_after_its_values_were_shifted_is_background_too(stripped):
+    volume, brain, _ = make_whole_head()
+    values = volume.values * brain if stripped else volume.values
+    wanted = find_brain(change(volume, values))[0]
+    for shifted in (values - 300, values + 1000):
+        found, skull_off = find_brain(change(volume, np.pad(shifted, 9)))
+        assert skull_off is stripped
+        assert overlap(found[9:-9, 9:-9, 9:-9], wanted) > 0.99
+
+
+def test_a_brain_of_values_about_0_with_0_around_is_stripped():
+    volume, brain, _ = make_whole_head()
+    values = np.where(brain, (volume.values - 600) / 50, 0)
+    found, skull_off = find_brain(change(volume, values))
+    assert skull_off
+    np.testing.assert_array_equal(found, brain)
+    found, skull_off = find_brain(change(volume, resample(values, 3)))
+    assert skull_off, "after a spline as well"
+    assert overlap(found, resample(brain.astype(float), 1) > 0.5) > 0.93
+
+
+def resample(values, order):
+    """Turned by 6 degrees, as registration does, with splines of that order."""
+    turn = Rotation.from_euler("z", 6, degrees=True).as_matrix()
+    centre = (np.array(values.shape) - 1) / 2
+    return ndimage.affine_transform(values.astype(np.float64), turn, centre - turn @ centre, order=order)
+
+
+@pytest.mark.parametrize("order", [3, 5])
+@pytest.mark.parametrize("finish", [np.float32, np.round, lambda values: np.clip(values, 0, None)])
+def test_what_a_spline_leaves_around_a_stripped_brain_is_no_skull(order, finish):
+    volume, brain, _ = make_whole_head()
+    values = finish(resample(volume.values * brain, order))
+    assert (np.abs(values[~(resample(brain, 0) > 0)]) > 0).sum() > 1000
+    found, skull_off = find_brain(change(volume, values))
+    assert skull_off
+    assert overlap(found, resample(brain.astype(float), 1) > 0.5) > 0.94
+
+
+@pytest.mark.parametrize("shrink", [0.8, 0.7, 0.6])
+@pytest.mark.parametrize("coarse", [1, 2, 3])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_small_head_is_no_stripped_brain(shrink, coarse, quiet):
+    volume, brain, head = make_whole_head(shrink)
+    assert head.sum() * np.prod(volume.spacing_mm) / 1000 < 2200
+    values = np.where(head, volume.values, 0) if quiet else np.round(volume.values / 100)  # air of 0, or nearly
+    part = (slice(None, None, coarse),) * 3
+    small = replace(change(volume, values[part]), spacing_mm=tuple(coarse * side for side in volume.spacing_mm))
+    assert not find_brain(small)[1]
+    small = change(small, np.where(brain, volume.values, 0)[part])
+    assert find_brain(small)[1], "the brain of the same head"
+
+
+def test_noise_around_it_makes_a_head_where_bone_is_not_dark():
+    volume, _, head = make_whole_head(0.6, bone=300.0, noise=30.0)
+    assert find_brain(change(volume, np.where(head, volume.values, 0)))[1], "nothing tells it from a brain"
+    assert not find_brain(change(volume, np.round(volume.values / 100)))[1]
+
+
+@pytest.mark.parametrize("factor", [1e40, 1e-50])
+def test_values_out_of_float32_are_named(factor, tmp_path):
+    head = make_head((10, 12, 11), (16.0, 16.0, 16.0))
+    nib.save(nib.Nifti1Image(head.get_fdata() * factor, head.affine), tmp_path / "a.nii")
+    with pytest.raises(DataError, match=r"a\.nii: its values go up to .*, which is no intensity"):
+        read_volume(tmp_path / "a.nii")
+
+
 def test_holes_are_filled_as_in_scipy():
     rng = np.random.default_rng(0)
     for share in (0.02, 0.5, 0.9, 1.0):
@@ -182,7 +263,6 @@ def test_holes_are_filled_as_in_scipy():
 def test_axes_and_distrusted_axes_are_handed_on(tmp_path):
     path = save_small(tmp_path / "a.nii", "PSR")
     assert read_volume(path, axes="RAS", distrusted="PSR").axes == "RAS"
-    assert read_mask(path, read_volume(path, "LPI", "PSR"), "LPI", "PSR").sum() == 23
 
 
 def test_an_oblique_scan_keeps_its_affine(tmp_path):

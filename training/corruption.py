@@ -21,9 +21,6 @@ from torch import Generator, Tensor
 FLOOR = 1e-3  # brain pixels stay above 0
 SMALL_BLOB = 8.0  # radius
 CHANNEL_SPACING = 2.56  # from one channel to the next: 4 mm
-import os
-
-TRIAL = os.environ.get("TRIAL", "")
 GRIDS = (6, 12, 24)  # cells along each side of the grids of coarse noise
 
 
@@ -32,8 +29,6 @@ def vary_appearance(slices: Tensor, generator: Generator) -> Tensor:
     b = len(slices)
     x = change_pose(slices, generator)
     brain = x > 0
-    if "fluid" in TRIAL:
-        x = change_fluid(x, generator)
     # contrast: a power, which keeps 0 and 1; then a bias field, and a gain because fields vary from slice to slice
     x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal((b, 1, 1, 1), generator) * 0.25))
     field = make_smooth_noise(x.shape, (2, 3, 4), generator) * _uniform((b, 1, 1, 1), 0, 0.35, generator)
@@ -61,19 +56,9 @@ def change_pose(x: Tensor, generator: Generator) -> Tensor:
         1,
     )
     grid = F.affine_grid(theta, x.shape, align_corners=False)
-    if "warp" in TRIAL:
-        size = _uniform((b, 1, 1, 1), 0, 2.5 * 2 / x.shape[-1], generator)
-        fields = [make_smooth_noise(x.shape, (3, 5, 8), generator) * size for _ in range(2)]
-        grid = grid + torch.cat(fields, 1).movedim(1, -1)
     moved = F.grid_sample(torch.cat([x, (x > 0).float()], 1), grid, align_corners=False)
     values, brain = moved[:, :c], moved[:, c:]
     return (values / brain.clamp(min=0.5)).clamp(min=FLOOR) * (brain > 0.5)  # the rim does not fade
-
-
-def change_fluid(x: Tensor, generator: Generator) -> Tensor:
-    """Shift the level of fluid, which a power would leave black: by up to about 0.2 at 0, nothing from 0.45 on."""
-    level = _normal((len(x), 1, 1, 1), generator) * 0.1
-    return (x + level * (1 - x / 0.45).clamp(min=0)).clamp(min=FLOOR)
 
 
 def blur(x: Tensor, generator: Generator) -> Tensor:
@@ -164,9 +149,7 @@ def draw_blob(x: Tensor, generator: Generator) -> Tensor:
 
 def add_coarse_noise(x: Tensor, generator: Generator) -> Tensor:
     """Add Gaussian noise of coarse grids; their mix and the strength vary from slice to slice."""
-    return x + make_smooth_noise(x.shape, (12, 24) if "fine" in TRIAL else GRIDS, generator) * _uniform_each(
-        x, 0.02, 0.2, generator
-    )
+    return x + make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0.02, 0.2, generator)
 
 
 def average_brain(x: Tensor) -> Tensor:

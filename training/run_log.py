@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from common.files import write_figure, write_table
+from common.files import make_folder, write_figure, write_table
 
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
 
@@ -24,6 +24,7 @@ class RunLog:
 
     def __init__(self, run: Path, rows: list[dict]):
         self.run, self.rows = run, rows
+        make_folder(run / "tensorboard", run)
         self.board = SummaryWriter(run / "tensorboard", purge_step=0)
         for row in rows:
             self._show_losses(row)

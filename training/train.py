@@ -19,16 +19,32 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.interrupts import stop_in_one_line
+
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
 import numpy as np
 import torch
 
 from common import distributed
-from common.cli import DataError, HelpFormatter, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import (
+    SEED,
+    DataError,
+    HelpFormatter,
+    bounded,
+    explain,
+    list_flags,
+    log,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
 from common.device import add_device_flag, choose_device, choose_precision, fits_in_memory, keep_freed_memory
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import load_checkpoint
-from preprocessing.cohort import refuse_leaks
+from preprocessing.cohort import refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
@@ -36,6 +52,7 @@ from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+NO_STATE = "holds no state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
@@ -59,12 +76,9 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         held_out = {key_subject(subject) for subject in np.random.default_rng(seed).permutation(subjects)[:count]}
         validation = [scan for scan in train if key_subject(scan.subject) in held_out]
         train = [scan for scan in train if key_subject(scan.subject) not in held_out]
-    test = list_scans(data / "test")
-    refuse_leaks(
-        (scan.subject, split, str(scan.folder))
-        for split, scans in (("train", train), ("val", validation), ("test", test))
-        for scan in scans
-    )
+    splits = {"train": train, "val": validation, "test": list(list_scans(data / "test"))}
+    refuse_leaks((scan.subject, split, str(scan.folder)) for split, scans in splits.items() for scan in scans)
+    refuse_copies((split, scan) for split, scans in splits.items() for scan in scans)
     check_same_settings(train + validation)
     return train, validation
 
@@ -83,7 +97,9 @@ def load_state(run: Path, config: dict) -> dict | None:
     if not (run / "last.pt").exists():
         return None
     state = load_checkpoint(run / "last.pt")
-    kept = state["config"]
+    kept = state.get("config")
+    if not isinstance(kept, dict):
+        raise DataError(f"{run / 'last.pt'}: {NO_STATE}")
     changed = [key for key in config if kept.get(key) != config[key] and (key, config[key]) != ("precision", "auto")]
     if changed:
         changed = ", ".join(changed)
@@ -108,7 +124,9 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     run = args.run
     parts = [find_training_scans(data, config["val_fraction"], config["seed"]) for data in args.data]
     scans = tuple([scan for part in parts for scan in part[i]] for i in (0, 1))
-    config["network"]["size"] = scans[0][0].size
+    size = config["network"]["size"] = scans[0][0].size
+    if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
+        raise DataError(f"--depth {config['network']['depth']}: slices of {size} pixels are no multiple of {coarsest}")
     config["train_subjects"], config["val_subjects"] = (sorted({scan.subject for scan in part}) for part in scans)
     with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
         state = distributed.broadcast(load_state(run, config) if distributed.is_main() else None)
@@ -119,15 +137,18 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
         try:
             trainer = start(config, args, scans, device)
             if state:
-                trainer.resume(state)
+                try:
+                    trainer.resume(state)
+                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise DataError(f"{run / 'last.pt'}: {NO_STATE}") from error
                 log.info("resuming at step %d of %d", trainer.step, config["steps"])
             trainer.fit()
             if distributed.is_main():
                 trainer.finish()
         except OSError as error:  # those of reading name their file and are DataErrors
             raise DataError(
-                f"{run}: cannot be written ({error}); free some space or give another --run; last.pt is whole, "
-                "the same command goes on from it"
+                f"{error.filename or run}: cannot be written ({explain(error)}); last.pt is whole where there is one, "
+                "or give another --run"
             ) from error
         best = trainer.best
         log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
@@ -167,19 +188,21 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
-    parser.add_argument("--width", type=int, help="channels of the first level; left out: 64 for dae, 32 for cae")
-    parser.add_argument("--depth", type=int, default=3, help="levels of the dae")
-    parser.add_argument("--latent", type=int, default=64, help="numbers in the bottleneck of the cae")
+    count = bounded(int, least=1)
+    parser.add_argument("--width", type=count, help="channels of the first level; left out: 64 for dae, 32 for cae")
+    parser.add_argument("--depth", type=bounded(int, least=1, most=6), default=3, help="levels of the dae")
+    parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
+        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
         "3000 for cae"
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=16, help="slices a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument("--lr", type=bounded(above=0), default=1e-3, help="peak learning rate of Adam")
+    share = bounded(above=0, below=1)
     parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="share of subjects set aside without val/normal"
+        "--val-fraction", type=share, default=0.1, help="share of subjects set aside without val/normal"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and corruption")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, batches and corruption")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is measured faster"
@@ -199,15 +222,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End as wrong usage where a flag is out of range."""
-    for name in ("width", "depth", "latent", "steps", "batch_size", "lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is above 0")
-    if not 0 < args.val_fraction < 1:
-        parser.error("--val-fraction lies between 0 and 1")
-
-
 def configure(args: argparse.Namespace, device: torch.device) -> dict:
     """What decides the result of a run; its subjects and the size of its slices are added when they are known."""
     width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
@@ -223,7 +237,6 @@ def configure(args: argparse.Namespace, device: torch.device) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parse_flags(parser, argv)
-    check_flags(parser, args)
     device = choose_device(parser, args.device)
     set_up_logging(args.quiet)
     keep_freed_memory()

@@ -240,7 +240,7 @@ class Trainer:
             "weights": self.best["weights"],
             "calibration": Calibration.fit(compared).to_state(),
             "slices": check_same_settings(scans),
-            "seen": sorted(scan.source_hash for scan in scans),
+            "seen": sorted({one for scan in scans for one in scan.hashes}),
             "precision": self.config["precision"],
             "step": self.best["step"],
             "val_loss": self.best["val_loss"],
