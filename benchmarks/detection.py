@@ -25,13 +25,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
 from benchmarks.lesions import paint_lesion
-from common.cli import DataError, HelpFormatter, run_script
+from common.cli import DataError, HelpFormatter, bounded, run_script
 from evaluation.metrics import VoxelCounts, rate
 from evaluation.predictor import Prediction, Predictor
 from evaluation.results import LESION_VOXELS
 from models.anomaly import reconstruct
 from models.calibration import Calibration
 from preprocessing.store import LoadedScan, list_scans
+from preprocessing.subjects import key_subject
 
 FIGURES = ("voxel_ap", "scan_ap", "best_dice", "dice", "slice_auroc", "scan_auroc")
 RATES = (0.05, 0.1)  # false-positive rates asked for
@@ -47,16 +48,26 @@ class Part:
 
 
 def read_sets(folder: Path, copies: int, test: bool) -> Iterator[tuple[str, list[Part]]]:
-    """(name, parts) of each set in the folder: "ixi dev" in two halves, "ixi test" in one."""
+    """(name, parts) of each set in the folder: "ixi dev" in two halves of its subjects, "ixi test" in one."""
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         healthy = [scan.load() for scan in list_scans(place / "val" / "normal")]
         tested = [scan.load() for scan in list_scans(place / "test")] if test or not healthy else []
         if healthy:
-            scans = [[scan, *paint(scan, number, copies)] for number, scan in enumerate(healthy)]
-            halves = [(scans[i::2], healthy[1 - i :: 2]) for i in (0, 1)]
-            yield f"{place.name} dev", [Part([scan for same in own for scan in same], other) for own, other in halves]
+            yield f"{place.name} dev", halve(healthy, copies)
         if tested:
             yield f"{place.name} test", [Part(tested, healthy)]
+
+
+def halve(healthy: list[LoadedScan], copies: int) -> list[Part]:
+    """Two parts, all scans of a subject in one: each half with its painted copies, and the other to calibrate on."""
+    subjects = sorted({key_subject(scan.subject) for scan in healthy})
+    second = set(subjects[1::2])
+    halves, painted = ([], []), ([], [])
+    for number, scan in enumerate(healthy):
+        side = key_subject(scan.subject) in second
+        halves[side].append(scan)
+        painted[side].extend([scan, *paint(scan, number, copies)])
+    return [Part(painted[side], halves[1 - side]) for side in (0, 1)]
 
 
 def paint(scan: LoadedScan, number: int, copies: int) -> list[LoadedScan]:
@@ -101,10 +112,12 @@ class Tally:
 
     def measure(self) -> dict[str, float]:
         """All FIGURES that can be taken."""
-        voxels = self.voxels.figures()
-        figures = {"voxel_ap": voxels["voxel_ap"]["value"], "scan_ap": float(np.mean(self.scan_aps))}
-        figures["best_dice"] = voxels["best_dice"]["value"]
-        figures["dice"] = float(2 * self.flagged[0] / max(self.flagged[1] + self.flagged[2], 1))
+        figures = {}
+        if self.voxels.hold_lesions():
+            voxels = self.voxels.figures()
+            figures = {name: voxels[name]["value"] for name in ("voxel_ap", "best_dice")}
+            figures["scan_ap"] = float(np.mean(self.scan_aps))
+            figures["dice"] = float(2 * self.flagged[0] / (self.flagged[1] + self.flagged[2]))
         for level, rows in (("slice", self.slices), ("scan", self.scans)):
             labels, scores = zip(*rows, strict=True)
             if any(labels) and not all(labels):
@@ -129,7 +142,7 @@ def measure_run(run: Path, sets: list[tuple[str, list[Part]]], device: torch.dev
     """Print a row for each set and calibration; {"set, calibration": figures}."""
     predictor, table = Predictor.load(run / "model.pt", device), {}
     for name, parts in sets:
-        for calibration in ("own", "anew") if parts[0].healthy else ("own",):
+        for calibration in ("own", "anew") if all(part.healthy for part in parts) else ("own",):
             tally = predict(predictor, parts, calibration == "anew")
             figures = tally.measure()
             cells = "".join(f"{figures[key]:>12.3f}" if key in figures else f"{'':12}" for key in FIGURES)
@@ -150,7 +163,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders of train.py")
     parser.add_argument("--sets", type=Path, required=True, help="folder of sets, slices of preprocess_oasis.py")
-    parser.add_argument("--copies", type=int, default=2, help="painted lesions of each validation scan, one a copy")
+    parser.add_argument(
+        "--copies", type=bounded(int, least=1), default=2, help="painted lesions of each validation scan, one a copy"
+    )
     parser.add_argument("--test", action="store_true", help="the test scans as well; look at them when all is chosen")
     return parser
 

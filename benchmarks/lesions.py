@@ -1,7 +1,7 @@
 """Paints lesions into the stacks of healthy scans, to choose by: shapes and levels of their own, not the training's.
 
-A lesion is an ellipsoid at random, cut by smooth noise, of 0.6 to 38 ml evenly over the logarithm; darker than grey
-matter, grey in any tissue, brighter than white matter, or grey with the tissue around it pushed away.
+A lesion is an ellipsoid at random, cut by smooth noise, of about 0.6 to 38 ml evenly over the logarithm; darker than
+grey matter, grey in any tissue, brighter than white matter, or grey with the tissue around it pushed away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def paint_lesion(scan: LoadedScan, rng: np.random.Generator) -> tuple[LoadedScan
     painted = values + weight * (_draw_tissue(values, kind, spacing, rng) - values)
     stack = np.where(scan.stack > 0, painted.clip(1e-3, 1), 0).astype(np.float16)
     lesion = inside & (scan.stack > 0)
-    voxels = tuple(int(count) for count in lesion.sum(axis=(1, 2)))
+    pixels = pixel**2 / np.prod(scan.geometry.spacing_mm[:2])  # of the scan's own grid in one of the stack
+    voxels = tuple(round(float(count) * pixels) for count in lesion.sum(axis=(1, 2)))
     name = f"{scan.name}_{kind}"
     return replace(scan, name=name, label="abnormal", stack=stack, lesion=lesion, lesion_voxels=voxels), kind
 
@@ -74,7 +75,7 @@ def _draw_tissue(values: np.ndarray, kind: str, spacing: np.ndarray, rng: np.ran
     """(n, H, W) what a lesion of that kind is filled with: a level, mottled, with some of the texture it covers."""
     fluid, grey, white = np.percentile(values[values > 0], (5, 45, 85))
     low, high = {
-        "dark": (fluid, 0.8 * grey),
+        "dark": (min(fluid, 0.8 * grey), 0.8 * grey),
         "grey": (0.9 * grey, 1.1 * grey),
         "bright": (1.05 * white, 1.3 * white),
         "mass": (0.8 * grey, 1.1 * grey),

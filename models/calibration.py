@@ -8,7 +8,7 @@ texture bin, which is larger where the reconstruction is less certain: folds are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -59,33 +59,54 @@ class Calibration:
     voxel_threshold: float
 
     @classmethod
-    def fit(cls, scans: Sequence[Compared]) -> Calibration:
+    def fit(cls, scans: Sequence[Compared], robust: bool = False) -> Calibration:
         """Calibrate with healthy scans, read three times: (stack (n, H, W), reconstruction likewise, sampling_mm).
 
         Each scan is mapped with what the other scans show: its own residuals would make it look more normal than a new
         scan. A single scan has only itself.
+
+        robust  for scans of which most are healthy, but not surely all: what is expected is the median over the scans
+                (of two in the middle, the lower) of what each alone shows, and so is the threshold of a voxel. No scan
+                is left out, so that p-values then compare a scan within this cohort
         """
         draft, place_sums = _describe_places(scans)
+        if robust:
+            return draft._fit_robustly(scans)
         texture_sums = [
             _sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
             for residual, brain, _, others in draft._leave_each_out(scans, place_sums)
         ]
         total = sum(texture_sums)
-        scan_scores, slice_scores, quantiles = [], [], []
-        shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
         left_out = draft._leave_each_out(scans, place_sums)
-        for (residual, brain, sampling_mm, others), own in zip(left_out, texture_sums, strict=True):
-            others = replace(others, texture_factor=_expect_with_texture(_leave_out(total, own, len(scans))))
-            anomaly = smooth_map(others.normalise(residual, brain), sampling_mm)
-            scan_scores.append(score_scan(anomaly))
-            slice_scores.append(score_slices(anomaly))
-            quantiles.append(_find_quantiles(anomaly[brain], shares))
+        factors = (_expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums)
+        scan_scores, slice_scores, quantiles = _score_maps(
+            (smooth_map(replace(others, texture_factor=factor).normalise(residual, brain), sampling_mm), brain)
+            for (residual, brain, sampling_mm, others), factor in zip(left_out, factors, strict=True)
+        )
         return replace(
             draft,
             texture_factor=_expect_with_texture(total),
-            scan_scores=torch.tensor(scan_scores, device=total.device).sort().values,
-            slice_scores=torch.cat(slice_scores).sort().values,
-            voxel_threshold=float(_find_quantiles(torch.cat(quantiles), 1 - VOXELS_FLAGGED)),
+            scan_scores=scan_scores,
+            slice_scores=slice_scores,
+            voxel_threshold=float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED)),
+        )
+
+    def _fit_robustly(self, scans: Sequence[Compared]) -> Calibration:
+        """This draft with the medians over the scans of what each expects by place, then by texture."""
+        by_place = [_expect_at_place(_sum_by_place(compute_residual(*scan).values)) for scan in scans]
+        placed = replace(self, expected_residual=torch.stack(by_place).median(0).values)
+        by_texture = []
+        for scan in scans:
+            residual = compute_residual(*scan)
+            sums = _sum_by_texture(residual, placed.normalise(residual, scan[0] > 0), placed.texture_edges)
+            by_texture.append(_expect_with_texture(sums))
+        fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
+        scan_scores, slice_scores, quantiles = _score_maps(
+            (smooth_map(fitted.normalise(compute_residual(*scan), scan[0] > 0), scan[2]), scan[0] > 0) for scan in scans
+        )
+        thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
+        return replace(
+            fitted, scan_scores=scan_scores, slice_scores=slice_scores, voxel_threshold=float(thresholds.median())
         )
 
     def _leave_each_out(
@@ -207,6 +228,18 @@ def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tens
         slice_scores=torch.empty(0),
         voxel_threshold=math.nan,
     ), place_sums
+
+
+def _score_maps(maps: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sorted scan scores, sorted slice scores, (scans, 10001) quantiles) of (anomaly map, brain) pairs."""
+    scan_scores, slice_scores, quantiles = [], [], []
+    shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
+    for anomaly, brain in maps:
+        scan_scores.append(score_scan(anomaly))
+        slice_scores.append(score_slices(anomaly))
+        quantiles.append(_find_quantiles(anomaly[brain], shares))
+    scores = torch.tensor(scan_scores, device=quantiles[0].device).sort().values
+    return scores, torch.cat(slice_scores).sort().values, torch.stack(quantiles)
 
 
 def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:

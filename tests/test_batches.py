@@ -15,7 +15,7 @@ def draw(*numbers) -> list[float]:
 
 @pytest.mark.parametrize("count", [10, 7, 3])
 def test_each_pass_visits_every_slice_once(count):
-    seen = np.concatenate([pick_batch(step, 5, count, seed=3) for step in range(14)])
+    seen = np.concatenate([pick_batch(step, 5, [count], seed=3) for step in range(14)])
     passes = [seen[start : start + count] for start in range(0, len(seen) - count + 1, count)]
     for places in passes:
         assert sorted(places) == list(range(count))
@@ -23,11 +23,30 @@ def test_each_pass_visits_every_slice_once(count):
 
 
 def test_batches_follow_from_the_seed_and_the_step():
-    first, again, other = (pick_batch(4, 8, 100, seed) for seed in (3, 3, 4))
+    first, again, other = (pick_batch(4, 8, [100], seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert (np.diff(first) != 1).any()
-    assert (pick_batch(0, 100, 100, 3)[: 4 * 8 + 8][-8:] == first).all(), "step 4 goes on where step 3 ended"
+    assert (pick_batch(0, 100, [100], 3)[: 4 * 8 + 8][-8:] == first).all(), "step 4 goes on where step 3 ended"
+
+
+def test_scanners_take_turns_and_each_passes_through_its_own():
+    places = np.concatenate([pick_batch(step, 5, [4, 12, 2], seed=3) for step in range(36)])
+    scanner = np.searchsorted([4, 16], places, side="right")
+    np.testing.assert_array_equal(scanner, np.arange(180) % 3)
+    for number, (first, count) in enumerate([(0, 4), (4, 12), (16, 2)]):
+        own = places[scanner == number]
+        for start in range(0, len(own), count):
+            assert sorted(own[start : start + count]) == list(range(first, first + count))
+    orders = pick_batch(0, 40, [20, 20], seed=3)
+    assert list(orders[::2]) != list(orders[1::2] - 20), "each scanner has an order of its own"
+
+
+def test_one_scanner_is_drawn_from_as_ever():
+    """A permutation for each pass, from NumPy's generator of the seed and the number of the pass."""
+    orders = [np.random.default_rng([3, number]).permutation(7) for number in range(5)]
+    places = np.concatenate([pick_batch(step, 5, [7], seed=3) for step in range(7)])
+    np.testing.assert_array_equal(places, np.concatenate(orders))
 
 
 def test_learning_rate_by_hand():

@@ -9,8 +9,9 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
-    "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "evaluation/evaluate.py",
-    "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py", "benchmarks/growth.py",
+    "preprocessing/preprocess_oasis.py", "preprocessing/demo_cohort.py", "training/train.py", "training/calibrate.py",
+    "evaluation/evaluate.py", "evaluation/compare.py", "benchmarks/preprocessing.py", "benchmarks/speed.py",
+    "benchmarks/growth.py", "benchmarks/detection.py",
 ]  # fmt: skip
 
 

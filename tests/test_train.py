@@ -124,7 +124,7 @@ def test_split_by_subject(processed, tmp_path):
     record = scans[0].record | {"subject": scans[0].subject.upper().replace("-", "_0")}
     (twin / "scan.json").write_text(json.dumps(record))
     for seed in range(6):
-        train, validation = find_training_scans(tmp_path / "data", 0.4, seed)
+        train, validation = find_training_scans([tmp_path / "data"], 0.4, seed)
         assert train
         assert validation
         assert len(train) + len(validation) == 4
@@ -135,14 +135,14 @@ def test_split_by_subject(processed, tmp_path):
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 1), (0.34, 1), (0.5, 2), (0.95, 2)])
 def test_the_share_set_aside_is_one_of_subjects(processed, tmp_path, fraction, held_out):
     shutil.copytree(processed / "train", tmp_path / "data/train")
-    train, validation = find_training_scans(tmp_path / "data", fraction, 0)
+    train, validation = find_training_scans([tmp_path / "data"], fraction, 0)
     assert (len(train), len(validation)) == (3 - held_out, held_out)
-    chosen = {find_training_scans(tmp_path / "data", fraction, seed)[1][0].subject for seed in range(6)}
+    chosen = {find_training_scans([tmp_path / "data"], fraction, seed)[1][0].subject for seed in range(6)}
     assert len(chosen) > 1, "the seed draws them"
 
 
 def test_the_validation_scans_of_the_store_are_taken_whole(processed):
-    train, validation = find_training_scans(processed, 0.9, 0)
+    train, validation = find_training_scans([processed], 0.9, 0)
     assert [scan.folder for scan in train] == sorted((processed / "train/normal").iterdir())
     assert [scan.folder for scan in validation] == sorted((processed / "val/normal").iterdir())
 
@@ -152,7 +152,7 @@ def test_one_subject_is_not_enough(processed, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(scan.folder, tmp_path / "data/train/normal" / name)
     with pytest.raises(DataError, match="only one subject"):
-        find_training_scans(tmp_path / "data", 0.4, 0)
+        find_training_scans([tmp_path / "data"], 0.4, 0)
 
 
 @pytest.mark.parametrize("split", ["val/normal", "test/normal", "test/abnormal"])
@@ -174,7 +174,7 @@ def test_a_copy_on_two_sides_is_refused_with_both_names(processed, tmp_path, spl
     changes = {"subject": "nobody", "source": "/else/copy.nii", "sources": {"copy.nii": "f" * 64}}
     (copy / "scan.json").write_text(json.dumps(scan.record | changes))
     with pytest.raises(DataError, match="holds the same scan as") as error:
-        find_training_scans(tmp_path / "data", 0.1, 0)
+        find_training_scans([tmp_path / "data"], 0.1, 0)
     assert str(copy) in str(error.value)
     assert str(scan.folder) in str(error.value)
 
@@ -183,7 +183,7 @@ def test_a_bad_record_takes_only_itself_out_of_training(processed, tmp_path, cap
     shutil.copytree(processed, tmp_path / "data")
     scans = list(list_scans(tmp_path / "data/train"))
     (scans[0].folder / "scan.json").write_text("{}")
-    train, _ = find_training_scans(tmp_path / "data", 0.1, 0)
+    train, _ = find_training_scans([tmp_path / "data"], 0.1, 0)
     assert [scan.name for scan in train] == [scan.name for scan in scans[1:]]
 
 
@@ -211,7 +211,7 @@ def test_slices_made_otherwise_are_refused(processed, tmp_path):
     record = next(list_scans(tmp_path / "data/val")).folder / "scan.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"keep": 0.77}))
     with pytest.raises(DataError, match=r"made with keep 0\.77"):
-        find_training_scans(tmp_path / "data", 0.4, 0)
+        find_training_scans([tmp_path / "data"], 0.4, 0)
 
 
 def take_config(monkeypatch, *flags) -> dict:

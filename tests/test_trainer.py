@@ -80,7 +80,7 @@ def test_a_step_by_hand(processed, model, monkeypatch):
     trainer.step = 7
     before = copy.deepcopy(trainer.model).train()
     clean = next(trainer.read_batches())
-    assert torch.equal(clean, trainer.train[pick_batch(7, 5, len(trainer.train), 5)])
+    assert torch.equal(clean, trainer.train[pick_batch(7, 5, [len(trainer.train)], 5)])
     source, target = make_pair(clean, model == "dae", seed_generator(CPU, 5, 7))
     loss = trainer.train_step(clean)
     by_hand = ((before(source) - target)[target > 0] ** 2).mean()

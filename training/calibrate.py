@@ -23,6 +23,7 @@ from models.anomaly import reconstruct
 from models.calibration import Calibration, Compared, count_needed_scans
 from models.checkpoint import load_model, save_checkpoint
 from preprocessing.store import StoredScan, check_same_settings, list_scans
+from preprocessing.subjects import key_subject
 
 FEW_SCANS = 10
 EXAMPLE = """example:
@@ -31,13 +32,25 @@ EXAMPLE = """example:
 
 
 def find_scans(data: Path, unlabelled: bool) -> list[StoredScan]:
-    """The scans to calibrate on: those under normal/, or all of a cohort. DataError where there are fewer than two."""
+    """The scans to calibrate on: those under normal/, or all of a cohort. DataError for fewer than two subjects."""
     scans = [scan for scan in list_scans(data) if unlabelled or scan.label == "normal"]
-    if len({scan.subject for scan in scans}) < 2:
-        raise DataError(f"{data}: holds {len(scans)} scans to calibrate on; give healthy scans of ten persons or more")
+    subjects = len({key_subject(scan.subject) for scan in scans})
+    if subjects < 2:
+        kind = "" if unlabelled else "normal "
+        raise DataError(f"{data}: holds {kind}scans of {subjects} subjects; give those of {FEW_SCANS} or more")
     if len(scans) < FEW_SCANS:
         log.warning("%d scans are few to calibrate on; give %d or more", len(scans), FEW_SCANS)
     return scans
+
+
+def load_run(run: Path, device: torch.device) -> tuple[torch.nn.Module, dict]:
+    """`load_model` of the run; DataError where the content lacks what a new calibration needs."""
+    path = run / "model.pt"
+    model, content = load_model(path, device)
+    missing = {"slices", "seen", "precision"} - content.keys()
+    if missing:
+        raise DataError(f"{path}: does not hold a model of this version ({', '.join(sorted(missing))}); train again")
+    return model, content
 
 
 def compare(model: torch.nn.Module, content: dict, scans: list[StoredScan], hide_bar: bool | None) -> list[Compared]:
@@ -52,15 +65,18 @@ def compare(model: torch.nn.Module, content: dict, scans: list[StoredScan], hide
 
 def calibrate(args: argparse.Namespace, device: torch.device) -> None:
     """Write `out`/model.pt: the model of `run` with a new calibration."""
-    if args.out.resolve() == args.run.resolve():
-        raise DataError(f"{args.out}: is the run itself; give another --out")
-    model, content = load_model(args.run / "model.pt", device)
+    if args.out.resolve() == args.run.resolve() or (args.out / "last.pt").exists():
+        raise DataError(f"{args.out}: holds a training run; give another --out")
+    model, content = load_run(args.run, device)
     scans = find_scans(args.data, args.unlabelled)
     check_same_settings(scans, content["slices"])
+    seen = set(content["seen"])
+    if known := sum(not seen.isdisjoint(scan.hashes) for scan in scans):
+        log.warning("%d of these scans are known to the model; those that it was trained on look too normal", known)
     with hold_folder(args.out, "--out"):
         calibration = Calibration.fit(compare(model, content, scans, args.quiet or None), robust=args.unlabelled)
         content["calibration"] = calibration.to_state()
-        content["seen"] = sorted({*content["seen"], *(scan.source_hash for scan in scans)})
+        content["seen"] = sorted(seen.union(*(scan.hashes for scan in scans)))
         save_checkpoint(args.out / "model.pt", content)
     log.info("calibrated on %d scans; model in %s", len(scans), args.out / "model.pt")
     if args.unlabelled:

@@ -1,8 +1,8 @@
 """Train an autoencoder on the slices of healthy scans.
 
-Reads `<data>/train/normal` and `<data>/val/normal` as preprocess_oasis.py wrote them; without the latter it sets some
-subjects of train aside. Writes a run folder: the model, its log, curves and reconstructions. The same command again
-goes on where it was stopped.
+Reads `<data>/train/normal` and `<data>/val/normal` of each --data as preprocess_oasis.py wrote them; without the latter
+it sets some subjects of train aside. Writes a run folder: the model, its log, curves and reconstructions. The same
+command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -56,8 +57,22 @@ NO_STATE = "holds no state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
-def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[list[StoredScan], list[StoredScan]]:
-    """(training scans, validation scans), all normal and no subject in both. DataError where there are none.
+def find_training_scans(
+    folders: Sequence[Path], val_fraction: float, seed: int
+) -> tuple[list[StoredScan], list[StoredScan]]:
+    """(training scans, validation scans) of one scanner's folder after the other, all normal. DataError for none.
+
+    No subject of a folder and no scan at all is on two sides; subjects of two folders are two, whatever their names.
+    """
+    parts = [split_scans(data, val_fraction, seed) for data in folders]
+    refuse_copies((split, scan) for part in parts for split, scans in part.items() for scan in scans)
+    train, validation = ([scan for part in parts for scan in part[split]] for split in ("train", "val"))
+    check_same_settings(train + validation)
+    return train, validation
+
+
+def split_scans(data: Path, val_fraction: float, seed: int) -> dict[str, list[StoredScan]]:
+    """The scans to train on, validate with and test on later in one folder of the store, no subject on two sides.
 
     val_fraction and seed say which subjects are set aside where the store holds no validation scans.
     """
@@ -78,9 +93,12 @@ def find_training_scans(data: Path, val_fraction: float, seed: int) -> tuple[lis
         train = [scan for scan in train if key_subject(scan.subject) not in held_out]
     splits = {"train": train, "val": validation, "test": list(list_scans(data / "test"))}
     refuse_leaks((scan.subject, split, str(scan.folder)) for split, scans in splits.items() for scan in scans)
-    refuse_copies((split, scan) for split, scans in splits.items() for scan in scans)
-    check_same_settings(train + validation)
-    return train, validation
+    return splits
+
+
+def list_subjects(scans: list[StoredScan], by_folder: bool) -> list[str]:
+    """The subjects' names, rising; behind that of their folder where there are several."""
+    return sorted({f"{scan.folder.parents[2]}/{scan.subject}" if by_folder else scan.subject for scan in scans})
 
 
 def read_commit() -> str:
@@ -122,12 +140,13 @@ def settle_precision(asked: str, state: dict | None, device: torch.device) -> st
 def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     """Train one run to its end, from the start or from where it was."""
     run = args.run
-    parts = [find_training_scans(data, config["val_fraction"], config["seed"]) for data in args.data]
-    scans = tuple([scan for part in parts for scan in part[i]] for i in (0, 1))
+    scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
     size = config["network"]["size"] = scans[0][0].size
     if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
         raise DataError(f"--depth {config['network']['depth']}: slices of {size} pixels are no multiple of {coarsest}")
-    config["train_subjects"], config["val_subjects"] = (sorted({scan.subject for scan in part}) for part in scans)
+    config["train_subjects"], config["val_subjects"] = (
+        list_subjects(part, by_folder=len(args.data) > 1) for part in scans
+    )
     with hold_folder(run, "--run") if distributed.is_main() else nullcontext():
         state = distributed.broadcast(load_state(run, config) if distributed.is_main() else None)
         if state and (run / "model.pt").exists():
@@ -228,9 +247,9 @@ def configure(args: argparse.Namespace, device: torch.device) -> dict:
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     return {
-        "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size, "lr": args.lr,
-        "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type, "precision": args.precision,
-        "deterministic": args.deterministic,
+        "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size,
+        "lr": args.lr, "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type,
+        "precision": args.precision, "deterministic": args.deterministic,
     }  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""The script that calibrates a trained model anew: the weights stay, the calibration is that of the given scans."""
+
+import shutil
+
+import pytest
+import torch
+
+import training.calibrate as script
+from common.cli import DataError
+from evaluation.predictor import Predictor
+from models.anomaly import reconstruct
+from models.calibration import Calibration
+from models.checkpoint import load_checkpoint, load_model, save_checkpoint
+from preprocessing.store import list_scans
+from tests.test_scripts import PROJECT, run_script
+
+
+@pytest.fixture(scope="module")
+def run(untrained, tmp_path_factory):
+    """The untrained model as one that has seen nothing but the training scans' first."""
+    folder = tmp_path_factory.mktemp("calibrate") / "run"
+    content = load_checkpoint(untrained / "model.pt")
+    folder.mkdir()
+    save_checkpoint(folder / "model.pt", content | {"seen": ["0" * 32]})
+    return folder
+
+
+def calibrate(run, data, out, *flags) -> dict:
+    """The content of the new model.pt."""
+    command = ["--run", str(run), "--data", str(data), "--out", str(out), "--device", "cpu", *flags]
+    assert script.main(command) == 0
+    return load_checkpoint(out / "model.pt")
+
+
+def fit_by_hand(run, scans, robust: bool) -> dict:
+    model, _ = load_model(run / "model.pt")
+    compared = []
+    for scan in scans:
+        stack, sampling_mm = torch.from_numpy(scan.read_stack()).float(), scan.geometry.sampling_mm
+        compared.append((stack, reconstruct(model, stack, sampling_mm[0]), sampling_mm))
+    return Calibration.fit(compared, robust=robust).to_state()
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_the_calibration_is_new_and_nothing_else(run, processed, tmp_path, unlabelled):
+    flags = ["--unlabelled"] if unlabelled else []
+    before, content = load_checkpoint(run / "model.pt"), calibrate(run, processed / "test", tmp_path / "new", *flags)
+    scans = list(list_scans(processed / ("test" if unlabelled else "test/normal")))
+    assert len(scans) == (4 if unlabelled else 2)
+    for name, values in fit_by_hand(run, scans, robust=unlabelled).items():
+        torch.testing.assert_close(content["calibration"][name], values, msg=name)
+    assert content["seen"] == sorted(["0" * 32, *(one for scan in scans for one in scan.hashes)])
+    for name, values in before["weights"].items():
+        assert torch.equal(content["weights"][name], values), name
+    same = before.keys() - {"weights", "calibration", "seen"}
+    assert content.keys() == before.keys()
+    assert {name: content[name] for name in same} == {name: before[name] for name in same}
+    predictor = Predictor.load(tmp_path / "new/model.pt", torch.device("cpu"))
+    assert predictor.calibration.normal_scans == len(scans)
+
+
+def test_what_it_prints(run, untrained, processed, tmp_path, capsys):
+    calibrate(run, processed / "test", tmp_path / "a", "--unlabelled")
+    printed = capsys.readouterr()
+    assert "calibrated on 4 scans; model in" in printed.out
+    assert "p-values compare a scan with this cohort" in printed.out
+    assert "a false-positive rate of 0.05 needs 19 scans" in printed.out
+    assert "4 scans are few to calibrate on; give 10 or more" in printed.err
+    assert "known to the model" not in printed.err
+    calibrate(untrained, processed / "val", tmp_path / "b", "--quiet")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "2 of these scans are known to the model" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [([], "holds normal scans of 1 subjects"), (["--unlabelled"], "holds scans of 1 subjects")]
+)
+def test_one_subject_is_not_enough(run, processed, tmp_path, flags, words):
+    first = next(list_scans(processed / "test/normal")).folder
+    for visit in ("one", "two"):
+        shutil.copytree(first, tmp_path / "data/val/normal" / visit)
+    if not flags:
+        shutil.copytree(processed / "test/abnormal", tmp_path / "data/test/abnormal")
+    with pytest.raises(DataError, match=words):
+        calibrate(run, tmp_path / "data", tmp_path / "new", *flags)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_training_run_is_not_overwritten(run, processed, tmp_path):
+    with pytest.raises(DataError, match="holds a training run"):
+        calibrate(run, processed / "val", run)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(DataError, match="holds a training run"):
+        calibrate(run, processed / "val", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["slices", "seen", "precision"])
+def test_a_model_of_another_version_is_refused(run, processed, tmp_path, key):
+    content = load_checkpoint(run / "model.pt")
+    del content[key]
+    save_checkpoint(tmp_path / "model.pt", content)
+    with pytest.raises(DataError, match=rf"does not hold a model of this version \({key}\)"):
+        calibrate(tmp_path, processed / "val", tmp_path / "new")
+
+
+def test_slices_made_otherwise_are_refused(run, processed, tmp_path):
+    content = load_checkpoint(run / "model.pt")
+    save_checkpoint(tmp_path / "model.pt", content | {"slices": content["slices"] | {"keep": 0.77}})
+    with pytest.raises(DataError, match=r"but the model's training slices with 0\.77"):
+        calibrate(tmp_path, processed / "val", tmp_path / "new")
+
+
+def test_a_missing_folder_is_one_line(run, tmp_path):
+    command = ["--run", run, "--data", "nowhere", "--out", tmp_path / "new"]
+    result = run_script(PROJECT / "training/calibrate.py", *command, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["nowhere: holds normal scans of 0 subjects; give those of 10 or more"]

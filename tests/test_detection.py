@@ -1,0 +1,118 @@
+"""The benchmark of detection: what it counts, who calibrates whom, and that it ends with a line of figures."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from benchmarks import detection
+from benchmarks.detection import Tally, halve
+from common.cli import DataError
+from preprocessing.store import list_scans
+from tests.predictions import make_prediction
+
+
+def make_random(seed: int, abnormal: bool):
+    """A prediction of a disc with random anomalies and scores; in an abnormal one, two slices hold 24 lesion voxels."""
+    rng, whole = np.random.default_rng(seed), make_prediction()
+    scan = whole.scan if abnormal else replace(whole.scan, label="normal", lesion=None)
+    anomaly = np.where(np.isfinite(whole.anomaly), rng.gamma(2, size=whole.anomaly.shape), np.nan)
+    if abnormal:
+        anomaly = anomaly + 2 * scan.lesion
+    voxels = scan.lesion.sum(axis=(1, 2)) if abnormal else np.zeros(10, int)
+    rows = [{"score": rng.normal() + (n > 0), "lesion_voxels": int(n)} for n in voxels]
+    row = {"score": rng.normal() + abnormal, "p_value": (seed % 4 + 1) / 20}
+    scan = replace(scan, subject=str(seed))
+    return replace(whole, scan=scan, maps={"score": anomaly.astype(np.float32)}, slice_rows=rows, scan_row=row)
+
+
+def test_figures_by_scikit_learn():
+    predictions = [make_random(seed, abnormal=seed % 2 == 0) for seed in range(6)]
+    tally = Tally()
+    for prediction in predictions:
+        tally.add(prediction)
+    figures = tally.measure()
+    pairs = []
+    for one in predictions:
+        inside = np.isfinite(one.anomaly)
+        lesion = np.zeros(inside.shape, bool) if one.scan.lesion is None else one.scan.lesion
+        pairs.append((lesion[inside], one.anomaly[inside]))
+    lesion, anomaly = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    assert figures["voxel_ap"] == pytest.approx(average_precision_score(lesion, anomaly), rel=0.02)
+    assert figures["scan_ap"] == pytest.approx(np.mean([average_precision_score(*pairs[i]) for i in (0, 2, 4)]))
+    above = anomaly >= 4
+    assert figures["dice"] == pytest.approx(2 * (above & lesion).sum() / (above.sum() + lesion.sum()))
+    steps = np.linspace(0, 12, 400)
+    dice = [2 * ((anomaly >= t) & lesion).sum() / ((anomaly >= t).sum() + lesion.sum()) for t in steps]
+    assert figures["best_dice"] == pytest.approx(max(dice), rel=0.03)
+    holds = [(one.scan.label == "abnormal", one.scan_row["score"]) for one in predictions]
+    assert figures["scan_auroc"] == pytest.approx(roc_auc_score(*zip(*holds, strict=True)))
+    rows = [
+        (row["lesion_voxels"] > 0, row["score"])
+        for one in predictions
+        for row in one.slice_rows
+        if row["lesion_voxels"] > 0 or one.scan.label == "normal"
+    ]
+    assert len(rows) == 3 * 2 + 3 * 10, "slices of abnormal scans without a lesion are neither"
+    assert figures["slice_auroc"] == pytest.approx(roc_auc_score(*zip(*rows, strict=True)))
+
+
+def test_false_positives_are_those_of_normal_scans():
+    """The p-values of seeds 1, 3, 5 are 0.1, 0.2, 0.1; an abnormal scan does not count."""
+    tally = Tally()
+    for seed in (1, 3, 5):
+        tally.add(make_random(seed, abnormal=False))
+    tally.add(make_random(0, abnormal=True))
+    assert [tally.count_false_positives(rate)["flagged"] for rate in (0.05, 0.1, 0.2)] == [0, 2, 3]
+    count = tally.count_false_positives(0.05)
+    assert count["scans"] == 3
+    assert count["high"] == pytest.approx(1 - 0.025 ** (1 / 3)), "none of three, exactly"
+
+
+def test_what_cannot_be_taken_is_left_out():
+    tally = Tally()
+    tally.add(make_random(1, abnormal=False))
+    assert tally.measure() == {}
+    assert Tally().count_false_positives(0.05) is None
+
+
+def test_no_subject_calibrates_for_itself(processed):
+    scans = [scan.load() for scan in list_scans(processed / "train")]
+    twins = [replace(scan, name=f"{scan.name}_again") for scan in scans]
+    parts = halve(sorted([*scans, *twins], key=lambda scan: scan.name), copies=1)
+    assert sum(len(part.scans) for part in parts) == 12
+    for part in parts:
+        assert not {scan.subject for scan in part.scans} & {scan.subject for scan in part.healthy}
+        normal = [scan for scan in part.scans if scan.label == "normal"]
+        assert len(part.scans) == 2 * len(normal)
+    assert {scan.name for part in parts for scan in part.healthy} == {scan.name for scan in (*scans, *twins)}
+
+
+def test_the_script_ends_with_a_line_of_figures(untrained, processed, tmp_path, capsys):
+    shutil.copytree(processed / "val", tmp_path / "sets/home/val")
+    shutil.copytree(processed / "test/abnormal", tmp_path / "sets/real/test/abnormal")
+    shutil.copytree(processed / "test/masks", tmp_path / "sets/real/test/masks")
+    assert detection.main([str(untrained), "--sets", str(tmp_path / "sets"), "--copies", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (table,) = json.loads(lines[-1]).values()
+    assert list(table) == ["home dev, own", "home dev, anew", "real test, own"]
+    assert len(lines) == 5
+    home = table["home dev, anew"]
+    assert set(detection.FIGURES) <= set(home)
+    assert home["false_positives_0.1"]["scans"] == 2
+    assert home["voxel_ap"] != table["home dev, own"]["voxel_ap"]
+    assert table["real test, own"]["false_positives_0.1"] is None
+
+
+def test_the_tests_are_looked_at_when_asked(processed, tmp_path):
+    (tmp_path / "home").symlink_to(processed)
+    names = {test: [name for name, _ in detection.read_sets(tmp_path, 1, test)] for test in (False, True)}
+    assert names == {False: ["home dev"], True: ["home dev", "home test"]}
+
+
+def test_a_missing_folder_is_one_line(untrained):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        detection.main([str(untrained), "--sets", "nowhere"])
