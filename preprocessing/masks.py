@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
-from scipy import ndimage
 
 from common.cli import DataError
 from preprocessing.images import read_image
-from preprocessing.volume import Volume, fill_holes, find_box
+from preprocessing.volume import Volume, fill_holes, find_box, label_pieces
 
 RINGING = 0.3  # of a mask's highest value: as far as a spline goes below 0
 MOST_LABELS = 20  # whole numbers of so few values are labels; of more, where neighbours are alike
@@ -104,10 +103,10 @@ def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     """
     box = find_box(inside)
     planes = inside.T[box]
-    labels, count = ndimage.label(planes, np.ones((3, 3, 3)))
+    labels, count = label_pieces(planes, np.ones((3, 3, 3)))
     if count < 2:
         return inside, 0
-    sizes = np.bincount(labels.ravel())
+    sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in labels)
     sizes[0] = 0
     main = (sizes >= STRAY_SHARE * sizes.max())[labels]
     kept = inside.copy()

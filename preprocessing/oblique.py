@@ -10,9 +10,10 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 from scipy import ndimage
 
-from preprocessing.volume import Volume, find_box
+from preprocessing.volume import Box, Volume, find_box
 
 MOST_TILT_DEGREES = 20  # that are left as they are: brains lie as oblique in straight scans
+SLAB = 32  # planes
 MARGIN_MM = 5.0  # around what is brought to the new grid
 
 
@@ -37,33 +38,46 @@ class StraightGrid:
 
     def bring(self, volume: Volume, inside: np.ndarray) -> tuple[Volume, np.ndarray]:
         """(the volume, `inside` (X, Y, Z) bool of it) on this grid; values are averaged over what is inside alone."""
-        to_volume = np.linalg.inv(find_canonical_affine(volume)) @ np.array(self.affine)
-        share = self._interpolate(inside, to_volume)
-        values = self._interpolate(np.where(inside, volume.values, 0), to_volume) / np.maximum(share, 1e-6)
+        box = _grow(find_box(inside))
+        share = self._interpolate(volume, inside, box)
+        values, brain = self._interpolate(volume, np.where(inside[box], volume.values[box], 0), box), share > 0.5
+        values /= np.maximum(share, 1e-6, out=share)
         missing = volume.missing
         if missing is not None:
-            missing = self._interpolate(missing, to_volume) > 0
+            missing = self._interpolate(volume, missing, box) > 0
         brought = Volume(values, np.array(self.affine), "RAS", self.shape, volume.spacing_mm, missing)
-        return brought, np.asfortranarray(share > 0.5)
+        return brought, np.asfortranarray(brain)
 
     def bring_mask(self, volume: Volume, mask: np.ndarray) -> np.ndarray:
         """A mask (X, Y, Z) bool of the volume on this grid."""
-        to_volume = np.linalg.inv(find_canonical_affine(volume)) @ np.array(self.affine)
-        return np.asfortranarray(self._interpolate(mask, to_volume) > 0.5)
+        return np.asfortranarray(self._interpolate(volume, mask, _grow(find_box(mask))) > 0.5)
 
     def take_back(self, values: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
         """A map (X, Y, Z) on this grid, NaN where nothing is known, on that of a file: (I, J, K) and affine."""
         to_grid = np.linalg.inv(np.array(self.affine)) @ affine
         known = np.isfinite(values)
-        share, sums = (
-            ndimage.affine_transform(part.astype(np.float32), to_grid[:3, :3], to_grid[:3, 3], shape, order=1)
-            for part in (known, np.where(known, values, 0))
-        )
-        return np.where(share > 0.5, sums / np.maximum(share, 1e-6), np.nan).astype(np.float32)
+        parts = [part.astype(np.float32) for part in (known, np.where(known, values, 0))]
+        taken = np.empty(shape, dtype=np.float32)
+        for start in range(0, shape[0], SLAB):  # some planes at a time: several of 512^3 would fill the memory
+            slab = taken[start : start + SLAB]
+            offset = to_grid[:3, 3] + to_grid[:3, 0] * start
+            share, sums = (
+                ndimage.affine_transform(part, to_grid[:3, :3], offset, slab.shape, order=1) for part in parts
+            )
+            slab[:] = np.where(share > 0.5, sums / np.maximum(share, 1e-6), np.nan)
+        return taken
 
-    def _interpolate(self, values: np.ndarray, to_volume: np.ndarray) -> np.ndarray:
-        matrix, offset = to_volume[:3, :3], to_volume[:3, 3]
-        return ndimage.affine_transform(values.astype(np.float32), matrix, offset, self.shape, order=1)
+    def _interpolate(self, volume: Volume, values: np.ndarray, box: Box) -> np.ndarray:
+        """Values of the volume (X, Y, Z), or of that box of it alone, on this grid, float32; 0 outside the box."""
+        to_volume = np.linalg.inv(find_canonical_affine(volume)) @ np.array(self.affine)
+        part = values[box] if values.shape == volume.values.shape else values
+        offset = to_volume[:3, 3] - [side.start for side in box]
+        return ndimage.affine_transform(part.astype(np.float32), to_volume[:3, :3], offset, self.shape, order=1)
+
+
+def _grow(box: Box) -> Box:
+    """A box along X, Y and Z two voxels larger than one along Z, Y and X: as far as an interpolation looks."""
+    return tuple(slice(max(0, side.start - 2), side.stop + 2) for side in box[::-1])
 
 
 def measure_tilt(affine: np.ndarray) -> float:

@@ -54,6 +54,7 @@ def find_wrong(record: dict) -> str:
     wrong = {
         "subject": not (isinstance(record["subject"], str) and record["subject"]),
         "source": not _names_a_source(record),
+        "warnings": not _are_texts(record.get("warnings", [])),
         "content": not isinstance(record.get("content", ""), str),
         "session": not isinstance(record.get("session") or "", str),
         "age": record.get("age") is not None and not _lies_in(record["age"], 0, OLDEST),
@@ -61,6 +62,7 @@ def find_wrong(record: dict) -> str:
         "shape": not _is_shape(record["shape"]),
         "spacing_mm": not (_are_numbers(record["spacing_mm"], 3) and _lie_in(record["spacing_mm"], *SPACING_MM)),
         "affine": not _is_affine(record["affine"]),
+        "straight": not _is_straight(record.get("straight")),
         "axes": not (isinstance(record["axes"], str) and record["axes"] in AXES),
         "centre": not _are_numbers(record["centre"], 2),
         "slices": not (_are_counts(record["slices"]) and record["slices"]),
@@ -103,6 +105,15 @@ def _are_numbers(values, count: int) -> bool:
         and len(values) == count
         and all(type(value) in (int, float) and math.isfinite(value) for value in values)
     )
+
+
+def _are_texts(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _is_straight(grid) -> bool:
+    """Whether it is a grid as `oblique.StraightGrid` has it, or none."""
+    return grid is None or (isinstance(grid, dict) and _is_shape(grid["shape"]) and _is_affine(grid["affine"]))
 
 
 def _are_counts(values) -> bool:

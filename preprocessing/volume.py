@@ -20,6 +20,7 @@ BRAIN_ML = (700, 2200)  # of a brain that is nearly grown; no adult's head is sm
 LARGEST_VALUE = 1e30  # beyond, and below its inverse, float32 has no room to calculate
 RINGING = 0.3  # of the highest values: as far as a spline's ringing reaches to the other side of the background
 FAINT = 0.02  # of the highest values: what a spline leaves of nothing
+MOST_SAMPLES = 1 << 26  # of more voxels, a threshold is found from every second along each axis
 COARSE_MM = 3.0  # voxels that are fine enough to see a skull
 DARK = 0.1  # of Otsu's threshold: bone is, sulci are not
 NOISE = 0.15  # of what is no background: up to 0.06 is too dark to be tissue in brains, from 0.2 on in heads
@@ -87,6 +88,12 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
     has no dark shell. Otherwise the whole head is taken: what lies above half of Otsu's threshold over the lowest
     value, closed and filled.
     """
+    brain, box = _find_stripped_brain(volume)
+    return (_find_head(volume.values.T, box).T, False) if brain is None else (brain.T, True)
+
+
+def _find_stripped_brain(volume: Volume) -> tuple[np.ndarray | None, Box]:
+    """(the brain (Z, Y, X) bool, or None where the skull is on; the box around what is no background)."""
     values, voxel_ml = volume.values.T, np.prod(volume.spacing_mm) / 1000  # (Z, Y, X): as most files store it
     inside, background = _leave_constants_out(values, voxel_ml)
     coarse = _thin_out(volume.spacing_mm[::-1])
@@ -95,14 +102,15 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
     on_floor = -lowest <= RINGING * highest
     if np.count_nonzero(inside) * voxel_ml >= BRAIN_ML[1] or (on_floor and lowest < 0):
         limit = max(-lowest if on_floor else 0, FAINT * highest)
-        visible = inside & (np.abs(values - np.float32(background)) > limit)
+        planes = zip(inside, values, strict=True)  # plane by plane: all of 512^3 as float32 would take a GB
+        visible = np.stack([part & (np.abs(plane - np.float32(background)) > limit) for part, plane in planes])
         if np.count_nonzero(visible) * voxel_ml < BRAIN_ML[1]:
             inside = visible
     if np.count_nonzero(inside) * voxel_ml < BRAIN_ML[1]:
         brain = fill_holes(inside)
         if not (on_floor and _has_skull(values, background, brain, volume.spacing_mm[::-1])):
-            return brain.T, True
-    return _find_head(values, find_box(inside.T)).T, False
+            return brain, find_box(inside.T)
+    return None, find_box(inside.T)
 
 
 def _leave_constants_out(values: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, float]:
@@ -174,24 +182,36 @@ def _find_head(values: np.ndarray, box: Box) -> np.ndarray:
     """What lies above half of Otsu's threshold over the lowest value of (Z, Y, X), opened, closed and filled."""
     from skimage.filters import threshold_otsu
 
-    floor = values[box].min()
-    if values[box].size < values.size:  # what was padded around is air as well, whatever its value
-        padded = np.full_like(values, floor)
-        padded[box] = values[box]
-        values = padded
+    floor, step = values[box].min(), slice(None, None, 1 if values.size <= MOST_SAMPLES else 2)
+    outside = np.ones(values.shape, dtype=bool)
+    outside[box] = False
+    sample = np.where(outside[step, step, step], floor, values[step, step, step])  # padding is air, whatever its value
     # Otsu's threshold splits air from tissue too high where fat is very bright, hence the half.
-    head = values > floor + (threshold_otsu(values) - floor) / 2
-    head = ndimage.binary_closing(ndimage.binary_opening(head, iterations=2), iterations=3)
+    head = np.zeros_like(outside)
+    head[box] = values[box] > floor + (threshold_otsu(sample) - floor) / 2
+    del outside, sample
+    plain = head.size > MOST_SAMPLES  # scipy keeps lists of voxels otherwise: faster, but they take a GB of 512^3
+    head = ndimage.binary_opening(head, iterations=2, brute_force=plain)
+    head = ndimage.binary_closing(head, iterations=3, brute_force=plain)
     return fill_holes(head)
 
 
 def fill_holes(inside: np.ndarray) -> np.ndarray:
     """Fill what cannot be reached from outside over faces, as `scipy.ndimage.binary_fill_holes` does, only faster."""
     box = find_box(inside.T)
-    labels, _ = ndimage.label(~np.pad(inside[box], 1))
+    outside = np.pad(inside[box], 1)
+    labels, _ = label_pieces(np.logical_not(outside, out=outside))
     filled = inside.copy()
-    filled[box] = (labels != labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    filled[box] = labels[1:-1, 1:-1, 1:-1] != labels[0, 0, 0]
     return filled
+
+
+def label_pieces(mask: np.ndarray, structure: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """`scipy.ndimage.label`, with half the memory where there are no more pieces than 16 bits can count."""
+    try:
+        return ndimage.label(mask, structure, np.uint16)
+    except RuntimeError:
+        return ndimage.label(mask, structure)
 
 
 def find_box(inside: np.ndarray) -> Box:
