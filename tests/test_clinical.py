@@ -216,7 +216,7 @@ def test_tables_without_a_diagnosis_give_ages_and_sexes(tmp_path):
     scans = [make_scan("IXI002", name="IXI002-Guys-0828-T1"), make_scan("IXI012"), make_scan("IXI105")]
     assert read_facts(clinical, scans) == [(None, 35.8, "F"), (None, 38.78, "M"), (None, None, None)]
     assert clinical.find(make_scan("IXI106")) is None
-    assert clinical.describe() == ["table.csv: no column says who is normal; ages and sexes are taken from it"]
+    assert clinical.describe() == ["table.csv: no column gives a diagnosis; only ages and sexes are used"]
     miriad = "Label,Subject,Age\nmiriad_188_1_MR_1,miriad_188,76.6\nmiriad_188_2_MR_1,miriad_188,77.1\n"
     clinical = read_clinical(write(tmp_path, miriad), needs_labels=False)
     assert [clinical.find(make_scan("miriad_188", visit)).age for visit in ("01", "02")] == [76.6, 77.1]
@@ -238,9 +238,7 @@ def test_words_for_patients(word, tmp_path):
 def test_other_values_are_asked(word, tmp_path):
     with pytest.raises(DataError, match=r"--normal-values VALUE \.\.\. and --abnormal-values VALUE") as error:
         read_clinical(write(tmp_path, f"ID,Group\na,{word}\nb,control\nc,patient\n"))
-    assert f"column Group has values of which nothing says whether they are normal: {word} (1 line);" in str(
-        error.value
-    )
+    assert f"column Group has values of unknown meaning: {word} (1 line);" in str(error.value)
 
 
 def test_values_that_are_not_known_are_listed_with_their_counts(tmp_path):
@@ -253,7 +251,7 @@ def test_values_that_are_not_known_are_listed_with_their_counts(tmp_path):
     many = "ID,Group\n" + "".join(f"{n},free text {n}\n" for n in range(400))
     with pytest.raises(DataError, match=r"\(1 line\) and 370 more; map") as error:
         read_clinical(write(tmp_path, many))
-    with pytest.raises(DataError, match=r"whether they are normal: a b c x{33}… \(1 line\)"):
+    with pytest.raises(DataError, match=r"of unknown meaning: a b c x{33}… \(1 line\)"):
         read_clinical(write(tmp_path, 'ID,Group\n1,"a\nb\tc ' + "x" * 80 + '"\n'))
 
 
@@ -279,7 +277,7 @@ def test_zero_is_healthy_only_beside_patients(tmp_path):
             read_clinical(write(tmp_path, f"ID,Group\na,0\nb,{others}\n"))
     path = write(tmp_path, "ID,Group\na,0\nb,1\n")
     assert read_labels(read_clinical(path, abnormal_values=["1"])) == {"a": "normal", "b": "abnormal"}
-    with pytest.raises(DataError, match=r"normal: 0 \(1 line\);"):
+    with pytest.raises(DataError, match=r"meaning: 0 \(1 line\);"):
         read_clinical(path, normal_values=["1"])
     assert read_labels(read_clinical(path, ["1"], ["0"])) == {"a": "abnormal", "b": "normal"}
 
@@ -382,21 +380,21 @@ def test_oasis2_without_its_header_and_with_its_columns_in_another_order(tmp_pat
     ("content", "words"),
     [
         ("", "cannot be read as a table .it is empty"),
-        ("subject,colour\na,b\n", "has none of the columns ID"),
-        ("name,colour\na,b\n", "has none of the columns ID.*its first line is name, colour; put a line above"),
+        ("subject,colour\na,b\n", "needs one of the columns ID"),
+        ("name,colour\na,b\n", "needs one of the columns ID.*its first line is name, colour; add a header line"),
         ("OAS1_0001_MR1,R,F,74,2,3,29,0,1344,0.743,1.306,N/A\n", "its first line is OAS1_0001_MR1, R, F, 74"),
-        ("OAS1_0001_MR1,F,R,0,74\n", "its first line is OAS1_0001_MR1, F, R, 0, 74; put a line above"),
+        ("OAS1_0001_MR1,F,R,0,74\n", "its first line is OAS1_0001_MR1, F, R, 0, 74; add a header line"),
         ("ID,Age\nOAS1_0001_MR1,7\n", "none of the columns CDR"),
-        ("ID,CDR\n", "no lines below"),
+        ("ID,CDR\n", "but no lines"),
         ("ID,CDR\n,0\n", "no line has a name in ID"),
         ("ID,CDR,CDR\na,0,1\n", "two columns called CDR"),
         ("ID,CDR\na,0\nb,0,5\n", "line 3: has 3 cells, and the header 2.*separate it by semicolons"),
-        ('ID,CDR\n"a,0\nb,1\n', "line 2: .*quotes that do not close"),
-        (b"ID,CDR\na,\0\0\0\n", "is no text"),
+        ('ID,CDR\n"a,0\nb,1\n', "line 2: .*quotes are not closed"),
+        (b"ID,CDR\na,\0\0\0\n", "is not text"),
         (b"\xff\xfea\0b", "cannot be read as a table.*save it as csv in UTF-8"),
         (b"PK\x03\x04 nothing", "cannot be read as a table.*save it as csv"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(2000), "cannot be read as a table.*save it as csv"),
-        (b"<html><table><tr><td>ID</td></tr></table></html>", "none of the columns"),
+        (b"<html><table><tr><td>ID</td></tr></table></html>", "one of the columns"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(content, words, tmp_path):
@@ -410,7 +408,7 @@ def test_bad_tables_are_refused_in_one_line(content, words, tmp_path):
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"b\.csv: no such file"):
         read_clinical(tmp_path / "b.csv")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         read_clinical(tmp_path)
 
 
@@ -501,7 +499,7 @@ def test_a_cell_far_out_does_not_fill_the_sheet_with_nothing(tmp_path):
 def test_two_labels_of_one_subject_are_named(tmp_path):
     text = "ID,Group\nsub-01,HC\nb,AD\nSUB_1,MCI\nb,dementia\nc,\nc,HC\n"
     with pytest.raises(
-        DataError, match=r"sub-01 stands twice, as HC on line 2 and as MCI on line 4; correct them.*session"
+        DataError, match=r"sub-01 appears twice, as HC on line 2 and as MCI on line 4; correct them.*session"
     ):
         read_clinical(write(tmp_path, text))
     clinical = read_clinical(write(tmp_path, text.replace("MCI", "control")))
@@ -582,7 +580,7 @@ def test_empty_cells_filled_with_zero_are_suspected(tmp_path, warnings):
     assert not warnings()
     filled = OASIS1.replace("21,,,,,", "21,,,,0,") + "OAS1_0005_MR1,M,R,18,,,,0,1737,0.848,1.01,\n"
     read_clinical(write(tmp_path, filled + "OAS1_0006_MR1,M,R,81,,,,0,1737,0.848,1.01,\n"))
-    assert "below 60 with CDR 0 and no MMSE: 2; nobody rated them" in warnings()
+    assert "below 60 with CDR 0 and no MMSE: 2; probably they were not rated" in warnings()
 
 
 def test_zeros_in_every_empty_cell_are_suspected_too(tmp_path, warnings):
@@ -599,7 +597,7 @@ def test_where_something_else_gives_the_labels_unknown_values_are_said_and_do_no
 def test_lines_that_name_nobody_are_said(tmp_path, warnings):
     clinical = read_clinical(write(tmp_path, "ID,Visit,Group\na,1,HC\n,2,AD\nb,1,HC\n"))
     assert read_labels(clinical) == {"a": "normal", "b": "normal"}
-    assert "name nobody and are not used: 1, the first is line 3" in warnings()
+    assert "without a name, which are not used: 1, the first is line 3" in warnings()
 
 
 def test_a_column_says_whose_scan_a_file_is(tmp_path):
@@ -623,5 +621,5 @@ def test_a_bare_number_that_may_be_two_subjects_is_refused(tmp_path):
     clinical = read_clinical(write(tmp_path, "ID,Group\n7,HC\n8,AD\n"))
     one = [make_scan("a07", "1"), make_scan("A7", "2"), make_scan("a8")]
     assert clinical.name_persons(one) == one
-    with pytest.raises(DataError, match="its 7 may be a07 or b7; write the subjects there as the scans are called"):
+    with pytest.raises(DataError, match="its 7 may be a07 or b7; write the subjects there as in the scans' names"):
         clinical.name_persons([*one, make_scan("b7")])

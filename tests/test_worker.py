@@ -143,7 +143,7 @@ def test_a_scan_is_skipped_in_one_line_that_names_the_file(scan, tmp_path, monke
     gone = replace(scan, path=tmp_path / "gone.nii")
     wrong_mask = replace(scan, lesion_mask=save(np.zeros(HEAD.shape, np.uint8), tmp_path / "m.nii"))
     for one, words in (
-        (flat, "flat.nii: is the same everywhere"),
+        (flat, "flat.nii: is constant"),
         (in_brain, "b.nii: is constant inside the brain"),
         (gone, "gone.nii: cannot be read (No such file or directory); copy it again"),
         (wrong_mask, "m.nii: is empty"),
@@ -193,7 +193,7 @@ def test_axes_are_taken_on_trust_only_where_the_header_is_silent(scan, tmp_path)
     with pytest.raises(DataError, match="--axes"):
         cut_scan(silent, None, SETTINGS)
     loaded = cut_scan(silent, None, SETTINGS, axes="PSR")
-    assert loaded.warnings == ("its header does not give its orientation; PSR is taken on trust",)
+    assert loaded.warnings == ("its header does not give its orientation; PSR is assumed, as --axes says",)
     assert loaded.geometry.axes == "PSR"
 
 
@@ -228,10 +228,10 @@ def test_a_bad_mask_skips_its_scan(which, change, words, scan):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda brain: brain | True, "of 5407 ml, which no brain has (700 to 2200 ml)"),
-        (lambda brain: ~brain, "which no brain has"),
-        (lambda brain: brain & (np.indices(brain.shape)[0] < 10), "which no brain has"),
-        (lambda brain: np.indices(brain.shape).max(0) < 4, "of 33 ml, which no brain has"),
+        (lambda brain: brain | True, "has 5407 ml, not the size of a brain (700 to 2200 ml)"),
+        (lambda brain: ~brain, "not the size of a brain"),
+        (lambda brain: brain & (np.indices(brain.shape)[0] < 10), "not the size of a brain"),
+        (lambda brain: np.indices(brain.shape).max(0) < 4, "has 33 ml, not the size of a brain"),
     ],
 )
 def test_a_brain_mask_of_no_brains_volume_skips_its_scan(change, words, scan):
@@ -264,7 +264,7 @@ def test_stray_pieces_are_dropped_and_said(scan):
     for one in (scan, replace(scan, path=save(values, scan.path.with_name("b.nii")), name="b", brain_mask=None)):
         assert run(one) == ("done", "")
         np.testing.assert_array_equal(read(one).read_stack(), wanted.read_stack())
-        assert read(one).record["warnings"] == ["pieces apart from the brain were dropped (6.14 ml)"]
+        assert read(one).record["warnings"] == ["pieces separate from the brain were dropped (6.14 ml)"]
         assert read(one).load().warnings == tuple(read(one).record["warnings"])
 
 
@@ -275,7 +275,7 @@ def test_a_lesion_mask_lies_in_the_brain_and_is_not_most_of_it(scan):
     assert run(scan) == ("skipped", f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
     save((HEAD.get_fdata() > 0).astype(np.uint8), scan.lesion_mask)
     assert run(scan) == ("done", "")
-    assert read(scan).record["warnings"] == ["its lesion mask covers most of the brain; is it one (100%)"]
+    assert read(scan).record["warnings"] == ["its lesion mask covers most of the brain; check it (100%)"]
 
 
 def test_the_labels_that_are_lesion_are_picked_and_counted_anew(scan):
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_other_scans_and_nothing_half_written(scan, monke
     monkeypatch.setattr(Path, "write_bytes", fill_up)
     state, why = run(other)
     assert state == "skipped"
-    assert "b_T1w: cannot be written (No space left on device; free some space; the same command goes on)" in why
+    assert "b_T1w: cannot be written (No space left on device; free some space and run the same command again)" in why
     out = scan.path.parent / "out/test"
     assert [path.name for path in (out / "abnormal").iterdir()] == ["a_T1w"]
     assert [path.name for path in (out / "masks").iterdir()] == ["a_T1w"]
@@ -327,7 +327,7 @@ def test_a_scan_that_was_damaged_is_said_and_out_of_use(scan):
     assert state == "skipped"
     assert f"{scan.path}: is truncated" in why
     place = folder.parents[2] / ".withdrawn/test/abnormal/a_T1w"
-    assert why.endswith(f"; its old slices are no longer used, they lie in {place}")
+    assert why.endswith(f"; its old slices were moved to {place}")
     assert not folder.exists()
     assert (place / "scan.json").exists()
     assert run(scan)[1].endswith("copy it again"), "said once"
