@@ -30,7 +30,7 @@ EXAMPLE = "example:\n  python benchmarks/growth.py --scans 1000 5000 20000"
 
 
 def clone_scans(folder: Path, count: int) -> list[str]:
-    """So many tiny scans, raw and preprocessed, from one: the raw files are links, the slices copies.
+    """Make `count` tiny scans, raw and preprocessed, from one: the raw files are links, the slices copies.
 
     Returns the command (without the interpreter) that preprocesses them.
     """

@@ -44,7 +44,7 @@ EXAMPLE = """example:
 
 @dataclass
 class Outcome:
-    """What came of the files of one way through the project."""
+    """What happened to the files in preprocessing or in --scan."""
 
     files: int = 0
     used: int = 0
@@ -52,7 +52,7 @@ class Outcome:
     lost: int = 0  # neither
     tracebacks: int = 0
     hangs: int = 0
-    not_finite: int = 0  # scans with NaN or infinity in what is stored or said
+    not_finite: int = 0  # scans with NaN or infinity in what is stored or printed
     peak_mb: int = 0
     seconds: float = 0.0
 
@@ -194,7 +194,7 @@ def predict_all(run_folder: Path, out: Path, paths: list[Path], limit_s: float) 
 
 
 def train_tiny(folder: Path) -> Path:
-    """A model of two steps on simulated scans; what it says means nothing."""
+    """A model trained for two steps on simulated scans; its scores mean nothing."""
     outcome = Outcome()
     sizes = ["--train", 2, "--val", 2, "--test-normal", 0, "--test-abnormal", 0, "--voxel-size", 6, "--workers", 1]
     run("preprocessing/demo_cohort.py", ["--raw", folder / "raw", *sizes], None, outcome)

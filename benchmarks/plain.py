@@ -26,7 +26,7 @@ from training.trainer import make_pair
 
 
 class HobbyAutoencoder(nn.Module):
-    """The full-resolution convolutional autoencoder of many a notebook, trained with input = target."""
+    """The full-resolution convolutional autoencoder of many notebooks, trained with input = target."""
 
     corrupted = False
     neighbour_offsets = staticmethod(see_no_neighbours)

@@ -1,4 +1,4 @@
-"""How fast preprocessing is beside nothing but reading and decompressing the same files, and what memory it takes.
+"""Speed of preprocessing against only reading and decompressing the same files, and its memory.
 
 Run it on an idle machine. Without --raw it makes a demo cohort at 1 mm first. Prints a table and one JSON line last.
 """

@@ -107,7 +107,7 @@ class OurTraining(Trainer):
 
 
 class Elsewhere:
-    """Runs works in another process, which has none of this one's settings."""
+    """Runs functions in another process, which shares no settings with this one."""
 
     def __init__(self):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -116,7 +116,7 @@ class Elsewhere:
         return lambda: self.pool.submit(function, *arguments).result()
 
 
-_kept = {}  # in such a process, what its works go on with
+_kept = {}  # in such a process, its state between calls
 
 
 def train_plainly(steps: int, name: str, folder: Path, batch_size: int) -> None:
@@ -139,7 +139,7 @@ def evaluate_plainly(scan: StoredScan, calibration: Calibration) -> None:
 
 
 def alternate(rounds: int, **works: Callable) -> dict[str, float]:
-    """{name: median seconds}: the works in turn, so that what disturbs one disturbs all; the first round warms up."""
+    """{name: median seconds}; the functions alternate, so that disturbances hit all; the first round warms up."""
     seconds = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():

@@ -1,8 +1,8 @@
 """What all scripts share: flags, flags from a file, messages, exit codes, and the one error of bad data.
 
-`--config run.yaml` is as good as the same flags on the command line, which win. The file is YAML or JSON and maps the
+`--config run.yaml` gives the same flags as the command line, which wins. The file is YAML or JSON and maps the
 flags' names (`batch_size` or `batch-size`) to their values. The records that the scripts leave (config.json,
-dataset.json, metrics.json) keep their flags under `flags`, so that a record can be given back as it is.
+dataset.json, metrics.json) keep their flags under `flags`, so that a record is itself a valid --config.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from common.interrupts import SIGNALS, STOPPED
 
-NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they change nothing that is left on disk
+NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they do not affect what is written
 
 MOST_CONFIG_BYTES = 1 << 20
 CURES = {
-    errno.ENOSPC: "free some space; the same command goes on",
-    errno.EDQUOT: "free some space; the same command goes on",
-    errno.EFBIG: "free some space or raise the limit of a file's size; the same command goes on",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "free some space or raise the limit of file sizes, and run the same command again",
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.EACCES: "allow access to it or give another folder",
     errno.EPERM: "allow access to it or give another folder",
@@ -47,7 +47,7 @@ class DataError(ValueError):
 
 
 class _Console(logging.Handler):
-    """Messages go to standard output, warnings and errors to standard error, above a progress bar if any."""
+    """Messages go to standard output, warnings and errors to standard error, above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = escape_controls(self.format(record))
@@ -62,7 +62,7 @@ def set_up_logging(quiet: bool) -> None:
 
 
 def escape_controls(text: str) -> str:
-    """One line that moves no cursor: control characters, which file names may hold, as `\\x1b`."""
+    """The text with control characters, which file names may hold, written as `\\x1b`."""
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -84,7 +84,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             code = main()
             sys.stdout.flush()
         finally:
-            _handle_signals(signal.SIG_IGN)  # the second Ctrl-C: what is left takes no time
+            _handle_signals(signal.SIG_IGN)  # ignore a second Ctrl-C; little is left to do
     except BrokenPipeError:  # the reader of a long output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -147,7 +147,7 @@ SEED = bounded(int, least=0, most=2**32 - 1)
 
 
 def list_flags(args: argparse.Namespace) -> dict:
-    """The flags that made something, as plain values by name: what a record keeps under `flags`."""
+    """The flags that decide a result, {name: plain value}, as records keep them under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {name: _make_plain(value) for name, value in flags.items()}
 
@@ -170,29 +170,29 @@ def _is_main() -> bool:
 
 
 def _read_flags(parser: argparse.ArgumentParser, path: Path, given: list[str]) -> list[str]:
-    """The file's flags as they would stand on the command line, but for those that stand there already."""
+    """The file's flags as command-line arguments, without those that the command line gives already."""
     try:
         if not path.is_file() or path.stat().st_size > MOST_CONFIG_BYTES:
-            raise ValueError("no file, or one of more than 1 MB")
+            raise ValueError("not a file, or larger than 1 MB")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         parser.error(f"{path}: cannot be read as YAML or JSON ({' '.join(str(error).split())})")
     flags = content.get("flags", content) if isinstance(content, dict) else None
     if not isinstance(flags, dict):
-        parser.error(f"{path}: maps no flags to values; write lines such as `seed: 0`")
+        parser.error(f"{path}: holds no flags; write lines such as `seed: 0`")
     known = {option[2:].replace("-", "_"): action for action in parser._actions for option in action.option_strings}
     arguments = []
     for name, value in flags.items():
         action = known.get(str(name).replace("-", "_"))
         if action is None or action.dest in ("help", "config"):
             flag_names = sorted({action.dest for action in known.values()} - {"help", "config"})
-            parser.error(f"{path}: {name} is no flag; there are {', '.join(flag_names)}")
+            parser.error(f"{path}: {name} is not a flag; the flags are {', '.join(flag_names)}")
         option = action.option_strings[0]
         there = any(word.split("=")[0] in action.option_strings for word in given)
         if value is None or there:
             continue
         if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
-            parser.error(f"{path}: {name} is no value and no list of values")
+            parser.error(f"{path}: {name} is neither a value nor a list of values")
         if isinstance(value, bool):
             arguments += [option] if value else action.option_strings[1:2]  # the second one is --no-…, where there is
         elif isinstance(value, list):

@@ -55,7 +55,7 @@ def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
 
 
 def fits_in_memory(slices: int, size: int, device: torch.device) -> tuple[bool, str]:
-    """(whether so many float16 slices take at most half of the free memory, how much they take and is free)."""
+    """(whether so many float16 slices take at most half of the free memory, both in words)."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     free = free // (1 if device.type == "cuda" else distributed.local_world_size())
     need = slices * size**2 * 2

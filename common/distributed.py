@@ -1,7 +1,7 @@
 """One process or many: each function does the right thing in both, so that callers never branch.
 
-torchrun starts the processes and tells each in its environment who it is. They talk by NCCL about what is on CUDA
-devices and by gloo about the rest. Alone, a process talks to nobody and nothing here costs anything.
+torchrun starts the processes and tells each in its environment who it is. They exchange tensors on CUDA
+devices by NCCL and everything else by gloo. A single process communicates with nobody, and nothing here costs time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(days=1)  # the others wait for the main process while it calibrates and writes
+TIMEOUT = timedelta(days=1)  # the other processes wait while the main one calibrates and writes
 
 
 def world_size() -> int:
@@ -41,10 +41,10 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[torch.device]:
-    """Meet the processes that torchrun started with this one, if it did; yields the device that is this one's.
+    """Join the processes that torchrun started, if it did; yields this process's device.
 
-    They part at the end of the block: all at once if it ends well, for one that leaves early can abort another that
-    still talks to it.
+    They wait for each other at the end of the block, because one that leaves early can abort another that still
+    communicates with it.
     """
     if world_size() == 1:
         yield device
@@ -61,7 +61,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
 
 
 def shard(total: int) -> range:
-    """Which of `total` things in a row are this process's; the shards of all make up the whole, none twice."""
+    """This process's share of `total` items in a row; the shares of all processes cover each item once."""
     return range(rank() * total // world_size(), (rank() + 1) * total // world_size())
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: bytes, tables, figures; what is read of others; and the lock of a folder."""
+"""Files written whole or not at all, safe reading of files from elsewhere, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_JSON_BYTES = 1 << 26  # a record of 100,000 scans takes less
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what starts a formula in a spreadsheet
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside and rename: a file of this name is always a whole one. OSErrors name the file."""
+    """Write a temporary file and rename it, so that `path` is always a whole file. OSErrors name the file."""
     with replace_when_whole(path) as partial, open(partial, "xb") as file:
         file.write(content)
         file.flush()
@@ -34,14 +34,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replace_when_whole(path: Path) -> Iterator[Path]:
-    """Yields a path beside it, of the same ending, to write to; at the end of the block that file gets the name.
+    """Yields a temporary path beside it, with the same ending; at the end of the block that file is renamed to `path`.
 
-    Where the block fails or is interrupted, nothing is left of it. OSErrors name the file, which the system does not
-    where the disk is full.
+    Where the block fails or is interrupted, the temporary file is deleted. OSErrors name the file, which the system's
+    own do not where the disk is full.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.unlink(missing_ok=True)  # a link of that name would lead the write elsewhere
+        partial.unlink(missing_ok=True)  # if it were a link, the write would go elsewhere
         yield partial
         os.replace(partial, path)
     except BaseException as error:
@@ -55,14 +55,14 @@ def replace_when_whole(path: Path) -> Iterator[Path]:
 def make_folder(folder: Path, root: Path) -> None:
     """Make a folder at or below `root`. DataError where a link leads out of `root`."""
     if not folder.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{folder}: a link leads out of {root}; take the link away or give another folder")
+        raise DataError(f"{folder}: a link leads out of {root}; remove the link or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. OSError for a fifo, a device or a socket, which may never end, and for a folder."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return open(path, "rb")
 
 
@@ -111,17 +111,17 @@ def write_figure(path: Path, figure: Figure) -> None:
 def hold_folder(folder: Path, flag: str) -> Iterator[None]:
     """Keep other processes from working in this folder at the same time: DataError for the second.
 
-    It is the system's own lock on `<folder>/.lock`, which dies with its holder, however that ends. `flag` is what the
-    user gives another folder with, such as "--run".
+    It is the system's own lock on `<folder>/.lock`, released when its process ends, however it ends. `flag` is the flag
+    that sets this folder, such as "--run"; it is named in the error.
     """
     lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / ".lock").is_symlink():  # the lock would empty the file that it leads to
-            raise DataError(f"{folder / '.lock'}: is a link; take it away")
+        if (folder / ".lock").is_symlink():  # locking would empty the file that it points to
+            raise DataError(f"{folder / '.lock'}: is a link; remove it")
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise DataError(f"{folder}: another process works in it; wait for its end or give another {flag}") from error
+        raise DataError(f"{folder}: another process is using it; wait until it ends or give another {flag}") from error
     except (OSError, NotImplementedError) as error:
         why = explain(error) if isinstance(error, OSError) else error
         raise DataError(f"{folder}: cannot be written ({why}); give another {flag}") from error

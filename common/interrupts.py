@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how they end a script before `cli.run_script` sees to it, and that workers do not hear them."""
+"""Ctrl-C and SIGTERM: how they end a script before `cli.run_script` handles them, and how workers ignore them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPED = "stopped; the same command goes on from what was saved"
+STOPPED = "stopped; run the same command again to resume"
 
 
 def stop_in_one_line() -> None:
     """End the process at the first signal; nothing is open yet that could be left half-written.
 
-    For the time in which a script's modules are imported; only what imports nothing slow stands above the call.
+    For use while a script imports its modules; only fast imports come before the call.
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
@@ -23,8 +23,8 @@ def stop_in_one_line() -> None:
 
 @contextlib.contextmanager
 def shield_workers() -> Iterator[None]:
-    """Processes and threads that start in the block hear neither signal: a terminal sends Ctrl-C to all of them, and
-    the main process ends them itself."""
+    """Block both signals in processes and threads that start within: a terminal sends Ctrl-C to all of them, and the
+    main process ends them itself."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

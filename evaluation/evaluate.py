@@ -40,17 +40,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="run folder of train.py")
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help="slices: normal/, abnormal/")
     parser.add_argument(
-        "--scan", type=Path, nargs="+", action="extend", metavar="FILE", help="scans to predict, instead of --data"
+        "--scan", type=Path, nargs="+", action="extend", metavar="FILE", help="scan files to predict, instead of --data"
     )
     parser.add_argument(
-        "--brain-mask", type=Path, nargs="+", action="extend", metavar="FILE", help="of each --scan, in their order"
+        "--brain-mask",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="a brain mask for each --scan, in the same order",
     )
-    parser.add_argument("--axes", type=parse_axes, help="where a scan's axes point to if its header does not tell: ASL")
+    parser.add_argument(
+        "--axes", type=parse_axes, help="where a scan's axes point, if its header does not say, such as ASL"
+    )
     parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of a --scan with several, from 0")
-    parser.add_argument("--out", type=Path, help="where to; left out: evaluation/, or scans/ for --scan, in the run")
+    parser.add_argument(
+        "--out", type=Path, help="output folder; left out: evaluation/, or scans/ for --scan, in the run"
+    )
     on_or_off = argparse.BooleanOptionalAction
-    parser.add_argument("--maps", action=on_or_off, default=False, help="each scan's maps as NIfTI on its own grid")
-    parser.add_argument("--bids", action=on_or_off, default=False, help="the maps as a BIDS derivative in bids/")
+    parser.add_argument(
+        "--maps", action=on_or_off, default=False, help="write each scan's maps as NIfTI on its own grid"
+    )
+    parser.add_argument("--bids", action=on_or_off, default=False, help="write the maps as a BIDS derivative in bids/")
     parser.add_argument(
         "--panels", type=parse_panels, default="worst", help="slices drawn of each scan: worst, all or how many"
     )
@@ -66,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smallest-ml", type=bounded(least=0), default=0.1, help="smallest region listed, ml")
     parser.add_argument("--batch-size", type=bounded(int, least=1), default=32, help="slices reconstructed at a time")
     add_device_flag(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output, nothing else")
     return parser
 
@@ -74,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_panels(text: str) -> str:
     """worst, all or a number, as argparse wants it."""
     if text not in ("worst", "all") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: say worst, all or how many of each scan")
+        raise argparse.ArgumentTypeError(f"{text}: give worst, all or a number of slices")
     return text
 
 
@@ -84,7 +95,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--brain-mask takes one mask for each --scan")
     for path in args.scan or ():
         if not path.name.lower().endswith(ENDINGS):
-            parser.error(f"{path}: is no scan by its name; --scan takes {', '.join(ENDINGS)}")
+            parser.error(f"{path}: does not have the name of a scan; --scan takes {', '.join(ENDINGS)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.scan:
         out = args.out or args.run / "scans"
         files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
-        bar = args.json and not args.quiet  # where verdicts are printed as they come, they are the progress
+        bar = args.json and not args.quiet  # verdicts show the progress where they are printed
         code, content = predict_files(ScanFiles(files, out, args.axes, args.volume, bar), predictor)
         content = {"run": str(args.run)} | content
     else:

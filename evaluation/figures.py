@@ -123,14 +123,14 @@ def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
 def draw_calibration(p_values: dict[str, np.ndarray], false_positive_rate: float) -> plt.Figure:
     """How often normal test scans and slices ({"scans": (n,), ...}) have a p-value of at most alpha, over alpha.
 
-    A promise kept lies on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
+    Valid p-values lie on or below the diagonal; the band is where 95 % of sets of so many independent scans lie.
     """
     figure, axis = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
     alphas = np.linspace(0, 1, 201)
     count = len(p_values["scans"])
     band = binom.ppf([[0.025], [0.975]], count, alphas) / count
     axis.fill_between(alphas, *band, color="0.9", label="95 % of such sets of scans", step="mid")
-    axis.plot([0, 1], [0, 1], color="0.5", linewidth=1, label="as promised")
+    axis.plot([0, 1], [0, 1], color="0.5", linewidth=1, label="valid p-values")
     for (what, values), colour, dash in zip(p_values.items(), COLOURS, DASHES, strict=False):
         share = np.searchsorted(np.sort(values), alphas, side="right") / len(values)
         axis.step(alphas, share, where="post", color=colour, linestyle=dash, label=f"{len(values)} normal {what}")
@@ -202,7 +202,7 @@ def draw_figures(out: Path, results: Results, content: dict) -> dict[str, str]:
     }
     if len(normal["scans"]):
         write_figure(out / "calibration.png", draw_calibration(normal, asked))
-        pictures["calibration.png"] = "How often normal scans have a small p-value, against what was promised"
+        pictures["calibration.png"] = "How often normal scans have a p-value of at most alpha, against alpha"
     if "normal_by_age" in flagged:
         mark = calibration["scan_score"]
         rows = [row for row in results.scans if row["label"] == "normal"]

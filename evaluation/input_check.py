@@ -62,7 +62,7 @@ def find_mismatches(scan: LoadedScan, predictor: Predictor) -> list[str]:
         sizes = " x ".join(f"{side:g}" for side in spacing)
         found.append(f"its voxels of {sizes} mm are coarser than what the model was tried on")
     if skull_off and scan.brain_ml is not None and not BRAIN_ML[0] <= scan.brain_ml <= BRAIN_ML[1]:
-        found.append(f"its brain mask of {scan.brain_ml:.0f} ml is no adult brain's; check the mask")
+        found.append(f"its brain mask has {scan.brain_ml:.0f} ml, not the size of an adult brain; check the mask")
     return found + _find_odd_intensities(scan, predictor)
 
 

@@ -125,7 +125,7 @@ class VoxelCounts:
 
 
 def counted_auroc(counts: np.ndarray) -> np.ndarray:
-    """(...,) the share of (abnormal, normal) pairs that stand the right way round, ties half; (..., 2, thresholds)."""
+    """(...,) the share of (abnormal, normal) pairs in the right order, ties half; (..., 2, thresholds)."""
     normal, abnormal = counts[..., 0, :], counts[..., 1, :]
     above = np.cumsum(abnormal, axis=-1) - abnormal / 2
     with np.errstate(invalid="ignore"):
@@ -153,7 +153,7 @@ def dice_of_flagged(counts: np.ndarray, flagged: np.ndarray) -> np.ndarray:
 
 
 def best_dice(counts: np.ndarray) -> np.ndarray:
-    """(...,) the highest Dice over all thresholds: an upper bound, for it chooses with the labels in sight."""
+    """(...,) the highest Dice over all thresholds: an upper bound, chosen on the test labels."""
     return counted_dice(counts).max(axis=-1)
 
 
@@ -162,7 +162,7 @@ def list_lesions(
 ) -> list[dict]:
     """The lesions of a mask (n, H, W) bool, and how far the anomaly map (n, H, W) at a threshold finds each.
 
-    Parts with at most two pixels between them are one lesion; what is under SMALLEST_LESION_ML is none. Of each its
+    Parts with at most two pixels between them are one lesion; parts under SMALLEST_LESION_ML are left out. Of each its
     volume (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least FOUND_SHARE;
     `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
     """
@@ -213,7 +213,7 @@ def name_volume(row: dict) -> str:
 
 
 def _intervals(counted: dict[str, Callable], table: np.ndarray) -> dict[str, dict]:
-    """{name: {"low", "high"}} of figures over resampled subjects; resamples where one is no number are left out of it.
+    """{name: {"low", "high"}} of figures over resampled subjects; resamples where a figure is undefined are left out.
 
     The same resamples serve all figures of a table (subjects, ...), so they are summed up once.
     """

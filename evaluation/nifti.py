@@ -29,12 +29,12 @@ def write_maps(stem: Path, prediction: Prediction) -> None:
 def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False) -> None:
     """Write a scan's map, or its mask, as NIfTI, whole or not at all; viewers open it with fitting colours.
 
-    The header says in `db_name` which scan it is of.
+    `db_name` in the header identifies the scan (`name_owner`).
     """
     image = nib.Nifti1Image(make_mask(prediction) if mask else prediction.native_map, prediction.affine)
     image.set_sform(prediction.affine, code="scanner")
     if is_sheared(prediction.affine):
-        image.set_qform(None, code=0)  # it cannot say shears, and would lead elsewhere
+        image.set_qform(None, code=0)  # it cannot hold shears
     else:
         image.set_qform(prediction.affine, code="scanner")  # both, because viewers differ in which they read
     image.header["descrip"] = about
@@ -46,12 +46,12 @@ def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False
 
 
 def name_owner(scan: LoadedScan) -> str:
-    """What tells a scan's maps from another's, as long as `db_name` may be."""
+    """What identifies the scan of a map, short enough for `db_name`."""
     return scan.hashes[0][:16] if scan.hashes else ""
 
 
 def read_owner(path: Path) -> str:
-    """What `name_owner` said of the scan that a map is of; "" for a file that is none of these maps."""
+    """`name_owner` of the scan that a map file is of; "" for any other file."""
     try:
         with open_regular(path) as packed, gzip.open(packed) as file:
             header = nib.Nifti1Header(file.read(348), check=False)

@@ -1,4 +1,4 @@
-"""Takes a scan to everything that is known of it: reconstruction, maps, scores, p-values, regions."""
+"""Predicts a scan with a trained model: reconstruction, maps, scores, p-values, regions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DETECTORS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """A scan with everything that was predicted of it; NumPy arrays.
+    """A scan and its prediction; NumPy arrays.
 
     reconstruction  (n, H, W) float32, 0 outside the brain
     maps            {detector: (n, H, W) float32, NaN outside the brain}; all DETECTORS, or the model's alone
@@ -113,7 +113,7 @@ class Predictor:
     def predict(self, scan: LoadedScan, baselines: bool = True) -> Prediction:
         """The scan's maps, scores, p-values and regions: of the model alone, or with the baselines beside it.
 
-        DataError where its map is not of finite numbers: nothing can be said of the scan then.
+        DataError where its map holds values that are not finite.
         """
         stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
         sampling_mm = scan.geometry.sampling_mm
@@ -125,7 +125,7 @@ class Predictor:
         }
         if not maps["score"][stack > 0].isfinite().all():
             raise DataError(
-                f"{scan.source}: its anomaly map is not of finite numbers; try --device cpu, or train again"
+                f"{scan.source}: its anomaly map holds values that are not finite; try --device cpu, or train again"
             )
         if baselines:
             brightness = map_brightness(stack)

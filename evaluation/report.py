@@ -68,7 +68,7 @@ def write_report(
     """
     ranked = sorted(results.scans, key=lambda row: -row["score"])
     places = {(row["label"], row["scan"]): place for place, row in enumerate(ranked)}
-    # age and sex have a column where somebody's is known
+    # columns of age and sex only where some are known
     columns = [name for name in HEADS if name not in ("age", "sex") or any(row[name] is not None for row in ranked)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -92,13 +92,13 @@ def write_report(
 
 
 def list_notices(results: Results) -> list[str]:
-    """What a reader has to know before the figures."""
+    """Notes that come before the figures."""
     unknown = results.name_unknown()
     if not unknown:
         return []
     more = f" and {len(unknown) - NAMES_LISTED} more" if len(unknown) > NAMES_LISTED else ""
     return [
-        f"{len(unknown)} abnormal scans have no lesion mask, so they count in no figure of voxels or slices: "
+        f"{len(unknown)} abnormal scans have no lesion mask and count for scan figures only, not slices and voxels: "
         f"{', '.join(unknown[:NAMES_LISTED])}{more}."
     ]
 
@@ -133,7 +133,7 @@ def make_viewer(prediction: Prediction) -> str:
             cmap="inferno",
             symmetric_cmap=False,
             black_bg=True,
-            title=html.escape(scan.name),  # nilearn's page is no template of ours
+            title=html.escape(scan.name),  # nilearn does not escape it
         ).get_standalone()
     page = re.sub(r"<link[^>]*>", "", page)  # an icon from the network
     return re.sub(r"-[0-9a-f]{32}", "-1", page)  # a random name for its parts; the same scan gives the same page

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its scans, rows and counts but never their voxels; and the figures of all of them."""
+"""Collects rows and counts of the scans of an evaluation, never their voxels, and computes its figures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Results:
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
 
     def add(self, prediction: Prediction) -> None:
-        """Keep what is needed of a prediction that has the baselines' maps as well."""
+        """Add a prediction that includes the baselines' maps."""
         scan = prediction.scan
         self.slices += prediction.slice_rows
         self.scans.append(prediction.scan_row)
@@ -57,7 +57,7 @@ class Results:
     def list_counted_slices(self) -> list[dict]:
         """The slices that slice metrics are computed on: those with a lesion, and all slices of normal scans.
 
-        A scan without a lesion mask has no say: which of its slices are abnormal is not known.
+        Abnormal scans without a lesion mask are left out: which of their slices are abnormal is unknown.
         """
         return [
             row

@@ -26,15 +26,15 @@ from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
 SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
 FILES = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png"}  # what is left of a scan: endings
-SEEN = "the model was trained or calibrated on this scan, so its score says nothing"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other scan would fare better
+SEEN = "the model was trained or calibrated on this scan, so its score means nothing"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other scans would fail too
 
 
 @dataclass(frozen=True)
 class ScanFiles:
     """Scans to predict, each with its brain mask or None, and how they are read.
 
-    axes    where the stored axes point to, for a header that does not tell
+    axes    where the stored axes point, for a header that does not say
     volume  which volume of a file with several, from 0
     bar     whether a progress bar is shown
     """
@@ -69,12 +69,12 @@ def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
 def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Predictor, names: set[str]) -> dict:
     """One scan's verdict, logged and returned; leaves its maps and a picture of its worst slices in `out`.
 
-    names  those given to scans of this command already; this one's is added
+    names  names already used by this command; this scan's is added
     """
     for file in (path, mask):
         if file and not file.is_file():
-            why = "is no regular file" if file.exists() else "no such file"
-            raise DataError(f"{file}: {why}; give --scan and --brain-mask files that are there")
+            why = "is not a regular file" if file.exists() else "no such file"
+            raise DataError(f"{file}: {why}; give existing files with --scan and --brain-mask")
     slices = predictor.slices
     cut = CutSettings(slices["keep"], slices["size"], slices["size"] * slices["pixel_mm"], scans.volume)
     scan = cut_scan(path, mask, cut, scans.axes)
@@ -107,7 +107,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
 
 
 def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], predictor: Predictor) -> None:
-    """Log what a person reads of one scan. Its mismatches come first, and are printed even with --quiet and --json."""
+    """Log one scan's verdict for a reader. Its mismatches come first, and are printed even with --quiet and --json."""
     row, regions, known = prediction.scan_row, prediction.regions, predictor.calibration.normal_scans
     log.info(prediction.scan.source)
     level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.WARNING
@@ -135,7 +135,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
 
 
 def choose_name(scan: LoadedScan, out: Path, names: set[str]) -> str:
-    """What a scan's files in `out` are called: as the scan, or with its folder's name where such files are not its own.
+    """The name of a scan's files in `out`: the scan's, preceded by its folder's where another scan has such files.
 
     names  those of other scans of this command
     """

@@ -36,7 +36,7 @@ def describe_counts(metrics: dict) -> str:
     """The sample sizes in one sentence."""
     counts = metrics["counts"]
     lesions = f" with {counts['lesions']} lesions" if counts["lesions"] else ""
-    unknown = counts.get("without_lesion_mask")  # evaluations of older versions do not say
+    unknown = counts.get("without_lesion_mask")  # missing in evaluations of older versions
     left_out = f"; {unknown} abnormal scans without a lesion mask count for scan figures alone" if unknown else ""
     return (
         f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}, {counts['slices']} slices, "

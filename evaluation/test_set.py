@@ -31,9 +31,9 @@ from preprocessing.store import StoredScan, check_same_settings, list_scans
 REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean")
 LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
 MOST_TABLE_BYTES = 1 << 26
-BEGUN = ".evaluation.json"  # the settings of an evaluation that has not come to its end
-CURE = "give another --out, or delete it if it is of an evaluation"
-OWN = (  # what an evaluation may leave that the next one may not write again
+BEGUN = ".evaluation.json"  # the settings of an unfinished evaluation
+CURE = "give another --out, or delete it if it belongs to an evaluation"
+OWN = (  # files of an evaluation that the next one may not overwrite
     "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
     "bids/dataset_description.json", "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
     "curves_*.png", "dice.png", "detectability.png", "calibration.png", "age.png", "report.html",
@@ -85,7 +85,7 @@ def fill_folder(
             log_figures(content)
             return 3 if content["counts"]["skipped"] else 0, content
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{test_set.out / 'metrics.json'}: is no record of an evaluation; {CURE}") from error
+            raise DataError(f"{test_set.out / 'metrics.json'}: is not a record of an evaluation; {CURE}") from error
     results, skipped = predict_scans(test_set, predictor, scans, kinds)
     skipped += bad
     content = {
@@ -113,7 +113,7 @@ def fill_folder(
 
 
 def find_scans(test_set: TestSet, predictor: Predictor) -> tuple[list[StoredScan], int]:
-    """(the scans of the test set, how many have a bad record). DataError where the model cannot be asked about them."""
+    """(the scans of the test set, how many have a bad record). DataError where the model must not score them."""
     data, bad = test_set.data, []
     scans = [scan for label in LABELS for scan in list_scans(data / label, bad)]
     for error in bad:
@@ -142,7 +142,7 @@ def read_kinds(path: Path) -> dict[str, str]:
 
 
 def describe_settings(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> dict:
-    """All that decides the result: an evaluation with the same settings is there already."""
+    """Everything that decides the result: with the same settings, an evaluation is not repeated."""
     return {
         "model": hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest(),
         "data": hash_records(scans),
@@ -164,9 +164,9 @@ def hash_records(scans: list[StoredScan]) -> str:
 
 
 def clear_folder(out: Path, settings: dict) -> dict | None:
-    """What metrics.json says if the folder holds this evaluation; else None, and nothing of an older one is left.
+    """metrics.json's content if the folder holds this evaluation; else None, with files of other evaluations deleted.
 
-    One that was interrupted goes on; of one with other settings the files that evaluations make are deleted.
+    The files of this evaluation, interrupted earlier, are kept.
     """
     done, begun = out / "metrics.json", out / BEGUN
     older = []
@@ -174,12 +174,12 @@ def clear_folder(out: Path, settings: dict) -> dict | None:
         with contextlib.suppress(FileNotFoundError):
             content = read_json(path, CURE)
             if "settings" not in content:
-                raise DataError(f"{path}: is no record of an evaluation; {CURE}")
+                raise DataError(f"{path}: is not a record of an evaluation; {CURE}")
             if path == done and content["settings"] == settings:
                 return content
             older.append(content["settings"])
     if any(other != settings for other in older):
-        done.unlink(missing_ok=True)  # first: it is written last and says that the rest is whole
+        done.unlink(missing_ok=True)  # first: it is written last, so with it the rest is whole
         delete_own(out)
     write_atomically(begun, json.dumps({"settings": settings}).encode())
     for folder in ("error_maps", "montages"):
@@ -260,7 +260,7 @@ def make_viewers(test_set: TestSet, predictor: Predictor, rows: list[dict]) -> d
 
 
 def log_figures(content: dict) -> None:
-    """The table that a person reads: a line a detector, a column a figure with its interval; then who was flagged."""
+    """Log a line a detector, a column a figure with its interval; then how many scans were flagged."""
     figures, rate = content["figures"], content["settings"]["false_positive_rate"]
     names = [name for name in COLUMNS if name in figures["score"]]
     log.info("%s", f"{'':30s}" + "".join(f"{name.replace('_', ' '):>22s}" for name in names))
@@ -269,7 +269,9 @@ def log_figures(content: dict) -> None:
         text = (f"{c['value']:.3f} ({c['low']:.3f}-{c['high']:.3f})" if c else "" for c in cells)
         log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
     if "dice" in names:
-        log.info("best dice is an upper bound, chosen with the labels in sight; dice is at the calibrated threshold")
+        log.info(
+            "best dice is an upper bound, its threshold chosen on the test labels; dice is at the calibrated threshold"
+        )
     for label in LABELS:
         if count := content["flagged"].get(label):
             share = f"{count['flagged']} of {count['scans']}"
@@ -285,5 +287,5 @@ def explain_no_flag(rate: float, known: int) -> str | None:
     least = -(-1000 // (known + 1)) / 1000
     return (
         f"no scan can be flagged at {rate:g}: that needs {count_needed_scans(rate)} normal validation scans, the model "
-        f"has {known}; ask for --false-positive-rate {least:g} or more, or validate on more scans"
+        f"has {known}; give --false-positive-rate {least:g} or more, or validate on more scans"
     )

@@ -1,7 +1,7 @@
 """From a slice and its reconstruction to an anomaly map and a score: one path for every model.
 
     residual     smooth(slice - reconstruction), signed, in units of the slice's [0, 1]; without what varies only over
-                 centimetres, which is a coil's shading and no lesion
+                 centimetres, which is a coil's shading, not a lesion
     anomaly map  |residual| / expected residual, smoothed again, because lesions are connected and noise is not;
                  in units of the scan's median. What is expected of healthy scans depends on the residual's sign, on
                  the place and on the texture of the reconstruction there (models/calibration.py)
@@ -149,7 +149,7 @@ def find_median(values: torch.Tensor) -> float:
 
 
 def smooth(values: torch.Tensor, sigma_mm: float, sampling_mm: tuple[float, float]) -> torch.Tensor:
-    """A Gaussian mean over the last three axes (n, H, W) of what lies inside the stack, which does not end in zeros."""
+    """A Gaussian mean over the last three axes (n, H, W) within the stack, which is not padded with zeros."""
     spacings = (sampling_mm[0], sampling_mm[1], sampling_mm[1])
     return multiply_axes(
         values,
@@ -167,8 +167,8 @@ def multiply_axes(values: torch.Tensor, across: torch.Tensor, down: torch.Tensor
 
 @lru_cache(maxsize=16)
 def _weigh(count: int, sigma: float, device: torch.device) -> torch.Tensor:
-    """(count, count) float32 Gaussian weights of all places for each place; each row sums to 1."""
+    """(count, count) float32 Gaussian weights, a row for each place; each row sums to 1."""
     places = torch.arange(count, dtype=torch.float64)
     weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
-    weights[weights < 1e-9] = 0  # smaller ones change nothing, and denormal numbers make products ten times slower
+    weights[weights < 1e-9] = 0  # smaller ones have no effect, and denormal numbers make products ten times slower
     return (weights / weights.sum(1, keepdim=True)).float().to(device)

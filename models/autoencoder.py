@@ -1,6 +1,6 @@
 """The convolutional autoencoders. `MODELS` names them; both map slices (B, C, H, W) in [0, 1] to (B, 1, H, W).
 
-cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw the unknown
+cae  the plain autoencoder: everything must pass through a small dense latent, so it cannot draw what it never saw
 dae  a denoising U-Net: trained to undo corruptions of healthy slices (Kascenas et al., MIDL 2022; Naval Marimont et
      al., "DISYRE", 2024), it takes an anomaly for one more corruption and draws healthy tissue instead
 
@@ -72,7 +72,7 @@ class DenoisingUNet(nn.Module):
     It also sees the slices about 4 mm below and above, where a fold of the cortex goes on and a lesion differs. Skip
     connections are added, not concatenated, and convolved once: half the arithmetic.
 
-    size   unused, as the network is convolutional; so that both models are built alike
+    size   unused, as the network is convolutional; both models take it
     width  channels of the first level; they double at each of the `depth - 1` next
     """
 

@@ -1,8 +1,8 @@
-"""What healthy scans show: the expected residual, the threshold of a voxel, and p-values for scores.
+"""What healthy scans show: the expected residual, the voxel threshold, and p-values for scores.
 
 It comes from validation scans alone, needs no lesions, and is stored in model.pt. A residual is divided by
 `expected_residual` of its sign and place, which is larger where anatomy varies, and by `texture_factor` of its sign and
-texture bin, which is larger where the reconstruction is less certain: folds are drawn less surely than white matter.
+texture bin, which is larger where the reconstruction is less certain, as in cortical folds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its loca
 LEVELS = 16  # places along the inferior-superior axis at which healthy scans are described
 PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
 INTENSITY_SMOOTHING = (0.5, 1, 1)
-OVERALL_WEIGHT = 0.5  # of the overall mean at each place, in scans
+OVERALL_WEIGHT = 0.5  # weight of the overall mean at each place, in scans
 TEXTURE_PRIOR = 10  # pixels with a factor of 1 that are added to each texture bin
 VOXELS_FLAGGED = 0.002  # share of a healthy brain above the voxel threshold
 STATE_KEYS = {  # field: its key in model.pt
@@ -122,19 +122,19 @@ class Calibration:
     def from_state(cls, state: dict) -> Calibration:
         """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
         values = {name: state[key] for name, key in STATE_KEYS.items()}
-        _refuse_no_numbers(values)
+        _refuse_not_finite(values)
         size = values["intensity"].shape[-1]
         shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
         shapes |= {"texture_edges": (2, TEXTURE_BINS - 1), "texture_factor": (2, TEXTURE_BINS, TEXTURE_BINS)}
         shapes |= {name: (values[name].numel(),) for name in ("scan_scores", "slice_scores")}
         wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
         if wrong:
-            raise ValueError(f"the calibration's {', '.join(wrong)} do not fit")
+            raise ValueError(f"the calibration's {', '.join(wrong)} have wrong shapes")
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
     def to_state(self) -> dict[str, torch.Tensor]:
-        """What model.pt keeps of it: float32 tensors on the CPU. DataError where it holds no numbers."""
-        _refuse_no_numbers(vars(self))
+        """What model.pt keeps of it: float32 tensors on the CPU. DataError where it is not finite."""
+        _refuse_not_finite(vars(self))
         return {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
 
     def to(self, device: torch.device | str) -> Calibration:
@@ -187,10 +187,10 @@ class Calibration:
         return float(healthy[len(healthy) - 1 - allowed]) if allowed >= 0 else None
 
 
-def _refuse_no_numbers(fields: dict[str, torch.Tensor | float]) -> None:
+def _refuse_not_finite(fields: dict[str, torch.Tensor | float]) -> None:
     for name, values in fields.items():
         if not torch.as_tensor(values).isfinite().all():
-            raise DataError(f"the {name.replace('_', ' ')} of its calibration is not of finite numbers; train again")
+            raise DataError(f"the {name.replace('_', ' ')} of its calibration is not finite; train again")
 
 
 def compute_p_values(scores: float | Sequence[float] | torch.Tensor, healthy: torch.Tensor) -> torch.Tensor:

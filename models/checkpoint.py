@@ -18,7 +18,7 @@ LARGEST, DEEPEST = 1 << 14, 10  # numbers in a config, levels
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Save tensors, numbers, strings, lists and dicts; the same content gives the same bytes."""
-    buffer = io.BytesIO()  # straight to a path, torch would write the path's name into the file
+    buffer = io.BytesIO()  # given a path, torch would write its name into the file
     torch.save(content, buffer)
     write_atomically(path, buffer.getvalue())
 
@@ -28,7 +28,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict:
     try:
         with open_regular(path) as file:
             if zipfile.is_zipfile(file) and any(part.compress_type for part in zipfile.ZipFile(file).infolist()):
-                raise ValueError("torch compresses nothing, and what is compressed may fill the memory")
+                raise ValueError("it is compressed, which torch never does and which may fill the memory")
             file.seek(0)
             content = torch.load(file, map_location=device, weights_only=True)
         if not isinstance(content, dict):
@@ -50,7 +50,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     """(model in evaluation mode, the checkpoint's whole content) from a run's model.pt."""
     content = load_checkpoint(path, device)
     try:
-        with torch.device("meta"):  # without memory: a config may ask for any size
+        with torch.device("meta"):  # takes no memory: a config may ask for any size
             wanted = build_model(_check_config(content["config"])).state_dict()
         if {name: values.shape for name, values in wanted.items()} != {
             name: values.shape for name, values in content["weights"].items()
@@ -61,13 +61,13 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: does not hold a model of this version; train again") from error
     if not all(values.isfinite().all() for values in model.state_dict().values()):
-        raise DataError(f"{path}: holds weights that are not finite numbers; train again")
+        raise DataError(f"{path}: holds weights that are not finite; train again")
     return model.to(device).eval(), content
 
 
 def _check_config(config: dict) -> dict:
-    """The config, if its numbers are a network's. ValueError else."""
+    """The config, if it describes a network; else ValueError."""
     numbers = [value for name, value in config.items() if name != "model"]
     if not all(type(number) is int and 0 < number <= LARGEST for number in numbers) or config.get("depth", 1) > DEEPEST:
-        raise ValueError("the config is no network's")
+        raise ValueError("the config does not describe a network")
     return config

@@ -1,4 +1,4 @@
-"""The clinical table: who was judged healthy, how old, which sex."""
+"""The clinical table: diagnosis, age and sex of each subject."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from preprocessing.visits import (
 SEXES = dict.fromkeys(("f", "female", "woman", "women", "girl", "w", "weiblich", "femme"), "F") | dict.fromkeys(
     ("m", "male", "man", "men", "boy", "mannlich", "homme"), "M"
 )
-SEX_CODES = {"1": "M", "2": "F"}  # as OASIS-3, NACC, IXI and ADNI document them; of other tables nobody knows
+SEX_CODES = {"1": "M", "2": "F"}  # as OASIS-3, NACC, IXI and ADNI document them; unknown in other tables
 CDR_WITHIN_DAYS = 365  # of the scan; a rating further away says little about it
-MOST_VALUES = 50  # that are shown one by one
+MOST_VALUES = 50  # listed one by one
 YOUNG = 60  # years; OASIS-1 rated few below
 
 
@@ -53,9 +53,9 @@ class Row(NamedTuple):
     """One line of the table; None and "" are blank."""
 
     number: int  # of the line, from 1
-    name: str  # of the scan or subject, as it stands there
+    name: str  # of the scan or subject, as written there
     subject: str
-    person: str  # who a column says it is, which counts more than the scan's name
+    person: str  # the subject that a column gives, which overrides the scan's name
     session: str
     day: int | None  # since the subject entered the study, or a date as its ordinal
     value: str  # of the column that gives the label
@@ -73,17 +73,17 @@ class Clinical:
     rows: dict[str, list[Row]]  # by the key of a scan or subject
 
     def find(self, scan: Scan) -> Row | None:
-        """The line that is about this scan: its own, its session's, the nearest in days, or all that is said."""
+        """The line about this scan: its own, its session's, the nearest in days, or what all its lines agree on."""
         return self._choose(scan)[0]
 
     def explain(self, scan: Scan) -> str:
-        """Why no line is about this scan."""
+        """Why there is no line about this scan."""
         return self._choose(scan)[1]
 
     def describe(self, blank: str | None = None) -> list[str]:
         """How each value of the table is read, with the number of its lines; `blank` is the label of empty cells."""
         if not self.judged_by:
-            return [f"{self.path.name}: no column says who is normal; ages and sexes are taken from it"]
+            return [f"{self.path.name}: no column gives a diagnosis; only ages and sexes are used"]
         rows = {row.number: row for rows in self.rows.values() for row in rows}.values()
         counts = Counter((("normal", "abnormal", None).index(row.label), row.value) for row in rows)
         lines = []
@@ -95,7 +95,7 @@ class Clinical:
         return [*lines[:MOST_VALUES], f"{self.path.name}: {more} more values"] if more > 0 else lines
 
     def name_persons(self, scans: list[Scan]) -> list[Scan]:
-        """The scans with the subject that the table's column of persons says, if it has one.
+        """The scans with the subjects that the table's column of persons gives, if it has one.
 
         A scan without a line goes with the others of its subject where these are one person. Raises DataError where a
         bare number in the table (7) would be two subjects of the scans (a7 and b7).
@@ -123,7 +123,7 @@ class Clinical:
                 if make_key(other) != key:
                     raise DataError(
                         f"{self.path}: its {self.rows[number][0].name} may be {other} or {scan.subject}; write the "
-                        "subjects there as the scans are called"
+                        "subjects there as in the scans' names"
                     )
 
     def _choose(self, scan: Scan) -> tuple[Row | None, str]:
@@ -148,7 +148,7 @@ class Clinical:
         return self._agree(exact or general or rows)
 
     def _agree(self, rows: list[Row]) -> tuple[Row | None, str]:
-        """What several lines have in common; nothing where they disagree about who is normal."""
+        """What several lines have in common; nothing where their labels differ."""
         first, *others = [row for row in rows if row.label] or rows
         other = next((row for row in others if row.label != first.label), None)
         if other:
@@ -169,7 +169,7 @@ def read_clinical(
     CDR 0 is normal, above 0 abnormal; without a CDR a diagnosis or group counts, by the words in
     preprocessing/diagnosis.py and the values that the user maps. Raises DataError where the table cannot be read, where
     it has values that are not known, and where a subject has two labels at one visit. Without `needs_labels` it may
-    have no such column and unknown values are blank, for something else says who is normal.
+    have no such column, and unknown values are blank: the labels come from elsewhere.
     """
     choice = Choice(tuple(normal_values), tuple(abnormal_values))
     table = read_table(path)
@@ -178,8 +178,8 @@ def read_clinical(
     judged_by = (filled or there or [""])[0]
     if not judged_by and (needs_labels or choice != Choice()):
         raise DataError(
-            f"{path}: has none of the columns CDR, DX, diagnosis, group, so nothing in it says who is normal; call the "
-            "column that does diagnosis, or say --label normal or --label abnormal"
+            f"{path}: has none of the columns CDR, DX, diagnosis, group, so it gives no labels; name the column that "
+            "does diagnosis, or give --label normal or --label abnormal"
         )
     meanings = _judge(table, judged_by, choice, needs_labels) if judged_by else {}
     named = [line for line in table.lines if table.read(line, "scan") or table.read(line, "subject")]
@@ -254,7 +254,7 @@ def _read_sex(table: Table, cell: str) -> str | None:
 
 
 def _refuse_conflicts(path: Path, rows: list[Row]) -> None:
-    """Raise DataError with the subjects that have two labels at one visit, and say who has two ages."""
+    """Raise DataError with the subjects that have two labels at one visit, and warn of those with two ages."""
     visits = defaultdict(list)
     for row in rows:
         visits[make_key(row.name), make_key(row.subject), make_session_key(row.session), row.day].append(row)
@@ -264,7 +264,7 @@ def _refuse_conflicts(path: Path, rows: list[Row]) -> None:
         other = next((row for row in others if row.label != first.label), None)
         if other:
             lines = f"{show(first.value)} on line {first.number} and as {show(other.value)} on line {other.number}"
-            conflicts.append(f"{show(first.name)} stands twice, as {lines}")
+            conflicts.append(f"{show(first.name)} appears twice, as {lines}")
         if len({row.age for row in same} - {None}) > 1:
             ages.append(show(first.name))
     if conflicts:
@@ -280,13 +280,13 @@ def _refuse_conflicts(path: Path, rows: list[Row]) -> None:
 
 
 def _warn(table: Table) -> None:
-    """Say what is not used, and what looks as if somebody had filled empty cells."""
+    """Warn of lines and values that are not used, and of empty cells that seem to have been filled with 0."""
     unnamed = [line for line in table.lines if not (table.read(line, "scan") or table.read(line, "subject"))]
     unnamed = [line for line in unnamed if any(table.read(line, what) for what in ("cdr", "group", "age", "sex"))]
     if unnamed:
         log.warning(
-            f"{table.path}: lines that name nobody and are not used: {len(unnamed)}, the first is "
-            f"line {unnamed[0].number}; fill the cell of the name in each"
+            f"{table.path}: lines without a name, which are not used: {len(unnamed)}, the first is "
+            f"line {unnamed[0].number}; fill in their names"
         )
     sexes = table.count("sex")
     codes = [cell for cell in sexes if cell and spell(cell) != "0" and not _read_sex(table, cell)]
@@ -300,11 +300,11 @@ def _warn(table: Table) -> None:
         for line in table.lines
         if {"cdr", "mmse"} <= set(table.columns)
         and spell(table.read(line, "cdr")) == "0"
-        and not read_number(table.read(line, "mmse"))  # nor is anybody's MMSE 0 at a CDR of 0
+        and not read_number(table.read(line, "mmse"))  # an MMSE of 0 cannot go with a CDR of 0
         and (_read_age(table, line) or YOUNG) < YOUNG
     ]
     if filled:
         log.warning(
-            f"{table.path}: people below {YOUNG} with CDR 0 and no MMSE: {len(filled)}; nobody rated them, it seems, "
-            "and somebody filled empty cells with 0; take the table as it was published, where blank is not 0"
+            f"{table.path}: people below {YOUNG} with CDR 0 and no MMSE: {len(filled)}; probably they were not "
+            "rated and empty cells were filled with 0; use the table as published, where they are blank"
         )

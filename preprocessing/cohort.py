@@ -22,15 +22,15 @@ class CohortRules:
 
     layout           how the folder is laid out; None: the layout that fits its paths best
     modality         the contrast to take
-    pattern          a regular expression over paths whose group is the subject; None: names are read
-    clinical         the clinical table that says who is normal
-    normal_values    values of the table that mean a healthy person, beside those that are known
-    abnormal_values  values of the table that mean a patient
+    pattern          a regular expression searched in each path, its group is the subject; None: read from names
+    clinical         the clinical table
+    normal_values    more values of the table that mean a healthy person
+    abnormal_values  more values of the table that mean a patient
     label            label of all scans, where there is no table
     blank            label of the scans whose cell in the table is empty; None leaves them out
     fractions        shares of the normal subjects for train, val and test, summing to 1
     seed             of the split
-    axes             where the stored axes point to where no header says; None: what the layout says
+    axes             where the stored axes point, if the header does not say; None: the layout's
     """
 
     layout: str | None = None
@@ -60,8 +60,8 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
         raise DataError(f"{raw}: its folders give the labels already; leave --label out")
     if not (in_tree or rules.label or rules.clinical):
         raise DataError(
-            f"{raw}: nothing says which of its {len(found.scans)} scans are normal; give the clinical table with "
-            "--clinical FILE, or say --label normal (split by subject) or --label abnormal (all for testing)"
+            f"{raw}: it is unknown which of its {len(found.scans)} scans are normal; give the clinical table with "
+            "--clinical FILE, or --label normal (split by subject) or --label abnormal (all for testing)"
         )
     scans, clinical = found.scans, None
     if rules.clinical:
@@ -70,7 +70,7 @@ def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan
         scans = clinical.name_persons(scans)
         found = found._replace(notes=tuple(clinical.describe(rules.blank if needs_labels else None)))
     scans, not_labelled = label_scans(scans, clinical, rules.label, rules.blank)
-    subjects = {scan.name: scan.subject for scan in scans}  # as names are read today, whatever an older store says
+    subjects = {scan.name: scan.subject for scan in scans}  # as names are read now, even if the store has it otherwise
     kept = [(subjects.get(old.name, old.subject), old.split, str(old.folder)) for old in stored]
     if not in_tree:
         refuse_leaks(kept)
@@ -104,7 +104,9 @@ def label_scans(
             known = scan.label or label
             if known and row.label and row.label != known:
                 where, cure = (
-                    (f"is among the {known}", "move it") if scan.label else (f"--label is {known}", "leave it out")
+                    (f"is in a folder of {known} scans", "move it")
+                    if scan.label
+                    else (f"--label is {known}", "leave it out")
                 )
                 raise DataError(f"{scan.path}: {where} and is {row.label} in {clinical.path}; {cure}")
         given = scan.label or label or (row and (row.label or blank))
@@ -125,7 +127,7 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     """Give each scan its split: all of a subject in one, subjects with an abnormal scan in test.
 
     fractions  shares of the normal subjects for train, val and test, summing to 1
-    kept       the splits that subjects have already; new ones fill up what falls short of its share
+    kept       the splits that subjects have already; new subjects go where the share is not reached
     """
     subjects = {key_subject(scan.subject): scan.subject for scan in scans}
     known = {key_subject(subject): split for subject, split in kept.items()}
@@ -150,15 +152,15 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
 
 
 def refuse_relabelled(scans: list[Scan], stored: list[StoredScan]) -> None:
-    """Raise DataError where the store holds a scan under the label that it no longer has.
+    """Raise DataError where the store holds a scan under a label that it no longer has.
 
-    One name under both labels is two scans (before and after); under the other label alone it has been relabelled.
+    A name under both labels is two scans (before and after treatment); under the other label alone, it was relabelled.
     """
     planned = {(scan.split, scan.label, scan.name) for scan in scans}
     for old in stored:
         other = LABELS[1 - LABELS.index(old.label)]
         if (old.split, old.label, old.name) not in planned and (old.split, other, old.name) in planned:
-            raise DataError(f"{old.folder}: is {old.split}/{other} now; delete this folder and start again")
+            raise DataError(f"{old.folder}: is {old.split}/{other} now; delete this folder and preprocess again")
 
 
 def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
@@ -194,7 +196,7 @@ def refuse_copies(sides: Iterable[tuple[str, StoredScan]]) -> None:
 
 
 def find_withdrawn(raw: Path, scans: list[Scan], stored: list[StoredScan]) -> list[StoredScan]:
-    """The scans in the store that came from this folder and are no longer taken from it."""
+    """The stored scans that came from this folder and are no longer among its scans."""
     planned, top = {(scan.split, scan.label, scan.name) for scan in scans}, os.path.abspath(raw)
     gone = [old for old in stored if (old.split, old.label, old.name) not in planned]
     return [old for old in gone if Path(os.path.abspath(old.record["source"])).is_relative_to(top)]
@@ -209,5 +211,5 @@ def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:
         fewer = min(groups, key=lambda side: len(groups[side]))
         raise DataError(
             f"{len(groups[True])} scans {what} and {len(groups[False])} do not: a model would learn the difference; "
-            f"bring all to one state or take away those that {'do' if fewer else 'do not'}: {', '.join(groups[fewer])}"
+            f"make all alike or remove those that {'do' if fewer else 'do not'}: {', '.join(groups[fewer])}"
         )

@@ -1,4 +1,4 @@
-"""Which column of a clinical table says what, by its header, wherever the header stands."""
+"""Finds the header of a clinical table, and which column holds what."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.cli import DataError
 from preprocessing.diagnosis import BLANK, CDR, read_number, show, spell
 from preprocessing.spreadsheet import SEARCHED, Line, read_sheets
 
-# What tables call their columns, best first, whatever the case and separators and without what stands in brackets:
+# What tables call their columns, best first; case, separators and text in brackets do not count:
 # OASIS-1, -2 and -3, BIDS, ADNI, AIBL, NACC, MIRIAD, IXI, ABIDE and what people write themselves.
 COLUMNS = {
     "scan": "mri id, mr id, mri session, mr session, scan, scan id, scan name, image data id, image id, image, file,"
@@ -35,7 +35,7 @@ COLUMNS = {
     "years": "years bl",  # since the visit at which ADNIMERGE's age was taken
 }
 COLUMNS = {what: tuple(spell(name) for name in names.split(",")) for what, names in COLUMNS.items()}
-# The public tables that also go round without their first line.
+# Public tables that are also found without their header.
 HEADERLESS = (
     "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV,nWBV,ASF,Delay",
     "Subject ID,MRI ID,Group,Visit,MR Delay,M/F,Hand,Age,EDUC,SES,MMSE,CDR,eTIV,nWBV,ASF",
@@ -46,7 +46,7 @@ class Table(NamedTuple):
     """A sheet whose columns are known."""
 
     path: Path
-    columns: dict[str, tuple[int, str]]  # what stands there: (index, as its header calls it)
+    columns: dict[str, tuple[int, str]]  # {content: (index, header)}
     lines: list[Line]  # below the header
 
     def read(self, line: Line, what: str) -> str:
@@ -60,14 +60,14 @@ class Table(NamedTuple):
         return Counter(self.read(line, what) for line in self.lines)
 
     def name(self, what: str) -> str:
-        """What a column's header says before its brackets, in one spelling; "" where there is no such column."""
+        """A column's header without its brackets, in one spelling; "" where there is no such column."""
         return _spell_header(self.columns.get(what, (0, ""))[1])
 
 
 def read_table(path: Path) -> Table:
     """Read a file and find the sheet and the header line that name most of the columns.
 
-    Raises DataError where none names a subject and something about it, and where lines do not fit their header.
+    Raises DataError where no header has a subject and something about it, or a line is longer than its header.
     """
     sheets = read_sheets(path)
     found = [table for lines in sheets for table in _find_headers(path, lines)]
@@ -77,18 +77,18 @@ def read_table(path: Path) -> Table:
         if not first:
             raise DataError(f"{path}: cannot be read as a table (it is empty); give --clinical the clinical table")
         raise DataError(
-            f"{path}: has none of the columns ID, subject, participant_id, PTID, MRI ID, scan, file beside one of CDR, "
+            f"{path}: needs one of the columns ID, subject, participant_id, PTID, MRI ID, scan, file and one of CDR, "
             f"DX, diagnosis, group, age, sex; its first line is {', '.join(map(show, first[:20]))}; "
-            "put a line above that names the columns"
+            "add a header line"
         )
     table = max(found, key=lambda table: len(table.columns))  # the first of the best
     if not table.lines:
-        raise DataError(f"{path}: has a header and no lines below it; add a line for each subject")
+        raise DataError(f"{path}: has a header but no lines; add a line for each subject")
     return _take_label_for_scan(table)
 
 
 def _find_headers(path: Path, lines: list[Line]) -> list[Table]:
-    """The tables that begin with one of the first lines. Above a blank cell of a header a merged one may stand."""
+    """The tables that begin with one of the first lines. A header's blank cells take the text above them."""
     tables, above = [], {}
     for index, line in enumerate(lines[:SEARCHED]):
         width = max(len(line.cells), *(position + 1 for position in above), 0)
@@ -112,7 +112,7 @@ def _find_headers(path: Path, lines: list[Line]) -> list[Table]:
 
 
 def _name_columns(headers: list[str]) -> tuple[dict[str, tuple[int, str]], str]:
-    """({what stands there: (index, header)}, the name of a column that is there twice or "")."""
+    """({content: (index, header)}, the name of a column that appears twice or "")."""
     spelled = [_spell_header(header) for header in headers]
     columns, used = {}, set()
     for what, names in COLUMNS.items():
@@ -120,7 +120,7 @@ def _name_columns(headers: list[str]) -> tuple[dict[str, tuple[int, str]], str]:
         if name:
             columns[what] = (spelled.index(name), headers[spelled.index(name)])
             used.add(name)
-    if "scan" in columns and "subject" in columns:  # the subject is the person, unless another column says so
+    if "scan" in columns and "subject" in columns:  # the subject is the person, unless another column is
         columns.setdefault("person", columns["subject"])
     doubled = next((header for _, header in columns.values() if spelled.count(_spell_header(header)) > 1), "")
     return columns, doubled
@@ -131,7 +131,7 @@ def _spell_header(header: str) -> str:
 
 
 def _add_header(path: Path, lines: list[Line]) -> list[Table]:
-    """A public table that has lost its header, where its columns hold what they should."""
+    """A public table without its header, if its columns hold what they should."""
     for header in HEADERLESS:
         headers = header.split(",")
         table = Table(path, _name_columns(headers)[0], lines)

@@ -1,4 +1,4 @@
-"""Which words of a clinical table mean a healthy person and which a patient; what neither says is asked."""
+"""Which words of a clinical table mean a healthy person and which a patient; the user must map any others."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ ABNORMAL = """
 
 
 class Choice(NamedTuple):
-    """What the user said about values: the words after --normal-values and --abnormal-values."""
+    """The user's words after --normal-values and --abnormal-values."""
 
     normal: tuple[str, ...] = ()
     abnormal: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Choice(NamedTuple):
 def spell(cell: str) -> str:
     """A value whatever its case, accents and separators: `Healthy_Controls` as `healthycontrols`, `0,50` as `0.5`.
 
-    Signs at the end stay, for HIV- and HIV+ are not the same.
+    Signs at the end stay: HIV- and HIV+ differ.
     """
     number = read_number(cell)
     if number is not None:
@@ -93,7 +93,7 @@ def read_number(cell: str) -> float | None:
 
 
 def read_legend(header: str) -> dict[str, str]:
-    """What a header says of its codes: `SEX_ID (1=m, 2=f)` as {"1": "m", "2": "f"}."""
+    """The codes that a header explains: `SEX_ID (1=m, 2=f)` as {"1": "m", "2": "f"}."""
     pairs = re.findall(r"(\d+)\s*[=:]\s*([^,;/|()\[\]=:]+)", header)
     return {code: word.strip() for code, word in pairs}
 
@@ -107,7 +107,7 @@ WORDS = dict.fromkeys(_list_words(ABNORMAL), "abnormal") | dict.fromkeys(_list_w
 
 
 def _look_up(value: str) -> str | None:
-    """What the words say; `Healthy control (HC)` is read where both parts say the same."""
+    """The meaning of the words; `Healthy control (HC)` has one where both parts agree."""
     parts = re.fullmatch(r"(.+?)\s*[(\[](.+)[)\]]", value.strip())
     meanings = {WORDS.get(spell(part)) for part in (parts.groups() if parts else (value,))}
     return meanings.pop() if len(meanings) == 1 else None
@@ -116,7 +116,7 @@ def _look_up(value: str) -> str | None:
 def judge(values: Counter[str], scale: dict[str, str], choice: Choice) -> tuple[dict[str, str], list[str]]:
     """What each value of a column means: ({value: normal or abnormal or "" for an empty cell}, [unknown values]).
 
-    `scale` maps codes that mean something in this column (a CDR); numbers are words of no other column, but for a 0
+    `scale` maps codes that mean something in this column (a CDR); elsewhere numbers mean nothing, except a 0
     among values that all mean patients.
     """
     said = {spell(word): "normal" for word in choice.normal} | {spell(word): "abnormal" for word in choice.abnormal}
@@ -134,18 +134,18 @@ def judge(values: Counter[str], scale: dict[str, str], choice: Choice) -> tuple[
 
 
 def refuse_unknown(path: Path, column: str, values: Counter[str], unknown: list[str], is_cdr: bool) -> None:
-    """Raise DataError with each value that is not known, how often it stands there, and how to say what it means."""
+    """Raise DataError with each unknown value, how often it occurs, and how to map it."""
     if unknown:
         hint = " (a CDR is 0, 0.5, 1, 2 or 3)" if is_cdr else ""
         raise DataError(
-            f"{path}: its column {column} has values of which nothing says whether they are normal{hint}: "
+            f"{path}: its column {column} has values of unknown meaning{hint}: "
             f"{list_values(values, unknown)}; map them with --normal-values VALUE ... and --abnormal-values VALUE ..., "
             "or empty the cells to leave them out"
         )
 
 
 def refuse_wrong_choice(path: Path, column: str, values: Counter[str], choice: Choice) -> None:
-    """Raise DataError where a value is said to be both, or to be something and stands nowhere: a slip of the pen."""
+    """Raise DataError where the user maps a value to both labels, or one that does not occur: a typing error."""
     both = {spell(word) for word in choice.normal} & {spell(word) for word in choice.abnormal}
     absent = [word for word in (*choice.normal, *choice.abnormal) if spell(word) not in set(map(spell, values))]
     if both:
@@ -164,6 +164,6 @@ def list_values(values: Counter[str], chosen: Iterable[str], most: int = 30) -> 
 
 
 def show(cell: str) -> str:
-    """A cell on one line, at most 40 characters."""
+    """A cell as one line of at most 40 characters."""
     plain = "".join(letter if letter.isprintable() else " " for letter in cell)
     return f"{plain[:39]}…" if len(plain) > 40 else plain

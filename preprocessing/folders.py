@@ -30,7 +30,7 @@ _FOLDERS = {
     "stripped": r"(?:skull[_-]?)?stripped|(?:hd[_-]?)?bet|synthstrip|deepbet|brains",
     "": r"images?(?:tr|ts)?|heads?|originals?|unstripped",
 }
-# Names that say nothing but what the volume is; a session gives the first it has.
+# Names that only say what the volume is, best first; a session gives the best it has.
 _RANKS = {
     **{"norm": 0, "t1": 1, "t1w": 1, "t1_mprage": 1, "mprage": 1, "t2": 1, "t2w": 1, "flair": 1, "t1ce": 1, "t1c": 1},
     **{"anat": 2, "struct": 2, "image": 2, "scan": 2, "brain": 3, "orig": 4, "nu": 4},
@@ -39,16 +39,16 @@ _FREESURFER = ("norm", "t1", "orig", "nu")
 _PASSED_OVER = re.compile(r"mri|anat\d*|nifti|raw|(?:t[12]w?|flair|mprage)", re.IGNORECASE)  # in the name of a scan
 _LOCALIZER = re.compile(r"(?:^|[_.-])(?:localizers?|localisers?|scout|survey|3-?plane)(?:[_.-]|$)", re.IGNORECASE)
 
-_SPM = re.compile(r"(?:m?w[mc]?[1-3]?|r?c[1-6]|i?y_|co|[rmsoyu])(?=.)")  # what SPM and CAT12 put before a file's name
+_SPM = re.compile(r"(?:m?w[mc]?[1-3]?|r?c[1-6]|i?y_|co|[rmsoyu])(?=.)")  # prefixes of SPM and CAT12
 
 
 @dataclass(frozen=True)
 class _Volume:
     """A file by its name.
 
-    folder  where it stands, without the folder that only says what lies in it (`stripped/`, `labelsTr/`)
-    base    the file's name without the end that says what it is
-    kind    "lesion", "brain mask", "mask", "stripped", "brain" or empty for a scan as it was taken
+    folder  its folder, without one that only says what it holds (`stripped/`, `labelsTr/`)
+    base    the file's name without the ending that gives its kind
+    kind    "lesion", "brain mask", "mask", "stripped", "brain" or empty for a scan as acquired
     """
 
     path: str
@@ -70,9 +70,9 @@ class _Volume:
 def arrange_folder(
     paths: list[str], modality: str, pattern: str | None = None, channels: dict[int, str] | None = None
 ) -> tuple[list[Found], list[tuple[str, str]]]:
-    """Tell a folder's scans from everything else: (scans, [(path, why it is left out)]), both in order of path.
+    """Separate a folder's scans from everything else: (scans, [(path, why it is left out)]), both in order of path.
 
-    pattern   says the subject of each path (`subjects.identify`)
+    pattern   finds the subject in each path (`subjects.identify`)
     channels  contrasts by nnU-Net's channel number, as its dataset.json says
     """
     volumes = [_read_name(path, channels or {}) for path in sorted(paths, key=prefer)]
@@ -99,9 +99,9 @@ def arrange_folder(
     for mask in masks:
         if mask.path not in used:
             left_out[mask.path] = (
-                f"a mask, but its name does not say of what; call it {mask.base}_brain_mask or {mask.base}_lesion_mask"
+                f"a mask of unknown kind; rename it to {mask.base}_brain_mask or {mask.base}_lesion_mask"
                 if mask.kind == "mask"
-                else "a mask of no scan here"
+                else "a mask without a scan"
             )
     return sorted(found, key=lambda one: one.path), sorted(left_out.items())
 
@@ -141,15 +141,17 @@ def _read_name(path: str, channels: dict[int, str]) -> _Volume:
 
 
 def _leave_contrasts(scans: list[_Volume], modality: str) -> dict[str, str]:
-    """{path: why} of what is no scan of this contrast. Where no name tells any contrast, all are taken."""
+    """{path: why} of scans of another contrast. Where no name gives a contrast, all are taken."""
     wanted = {modality} | ({""} if modality == "t1" or not any(volume.contrast for volume in scans) else set())
     left_out = {}
     for volume in scans:
         in_mri = re.search(r"(?:^|/)mri(?:/|$)", volume.folder) and volume.path.lower().endswith((".mgz", ".mgh"))
         if in_mri and (volume.stem.lower() not in _FREESURFER or not volume.folder.endswith("mri")):
-            left_out[volume.path] = "FreeSurfer's, but no scan"
+            left_out[volume.path] = "a FreeSurfer file, not a scan"
         elif volume.contrast not in wanted:
-            left_out[volume.path] = f"shows {volume.contrast or 'no contrast that its name tells'}, not {modality}"
+            left_out[volume.path] = (
+                f"shows {volume.contrast or 'a contrast that its name does not give'}, not {modality}"
+            )
     return left_out
 
 
@@ -187,7 +189,7 @@ def _leave_doubles(scans: list[_Volume]) -> tuple[list[_Volume], dict[str, str]]
 
 
 def _name_scans(scans: list[_Volume]) -> dict[str, str]:
-    """What each scan is called: its file's name, or its folders' where files of several people have one name."""
+    """Each scan's name: its file's, or its folders' where files of several people have the same name."""
     names = {}
     for volume in scans:
         parts, place = volume.path.split("/")[:-1], identify(volume.path).place
@@ -203,9 +205,9 @@ def _name_scans(scans: list[_Volume]) -> dict[str, str]:
 
 
 def _index_masks(masks: list[_Volume]) -> dict[tuple[str, str | None, str], str]:
-    """Paths by kind, folder and base, and by kind, None and base wherever they stand.
+    """Paths by (kind, folder, base), and by (kind, None, base) in any folder.
 
-    Of several, a mask whose name says that it is the brain's, then the first.
+    Of several, the first with "brain" in its name, else the first.
     """
     index = {}
     for mask in sorted(masks, key=lambda mask: "brain" not in mask.stem.lower()):

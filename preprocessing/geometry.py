@@ -1,4 +1,4 @@
-"""Where an axial stack lies in its scan: cut the stack out of the volume, and take a map back to the scan's own grid.
+"""Where an axial stack lies in its scan: cut the stack out of the volume, and restore a map to the scan's own grid.
 
 Everything here works in canonical RAS order: axis 0 runs left to right, axis 1 posterior to anterior, axis 2 inferior
 to superior. A slice's first axis runs posterior to anterior and its second left to right, so that
@@ -20,7 +20,7 @@ from preprocessing.oblique import StraightGrid
 from preprocessing.volume import Box, Volume, find_box
 
 SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not count as one
-MEDIAN = 0.62  # what half of the brain lies below
+MEDIAN = 0.62  # of the brain, after the scaling
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
 ONE = 0x3C00  # the bits of 1 in float16; those of what is negative, infinite or no number are larger
 SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans resemble 2 mm ones
@@ -40,7 +40,7 @@ class Geometry:
     pixel_mm    side of a pixel
     size        pixels along each side of a slice
     slices      the kept slices' indices along the inferior-superior axis, rising
-    straight    the grid along the anatomical axes to which an oblique scan was brought first; None: it was not
+    straight    the grid along the anatomical axes to which an oblique scan was resampled first; None: it was not
     """
 
     shape: tuple[int, int, int]
@@ -130,7 +130,7 @@ class Geometry:
         return np.stack([share[:, 0] > 0.5 for share in self._resample(planes, box)]).astype(np.uint8)
 
     def restore(self, stack: np.ndarray) -> np.ndarray:
-        """Take a map over the stack, (n, size, size) with NaN outside the brain, to the stored grid (I, J, K).
+        """Resample a map of the stack, (n, size, size) with NaN outside the brain, to the stored grid (I, J, K).
 
         Linear within the slice; NaN where nothing was scored: outside the brain, the field of view or the kept slices.
         """
@@ -206,7 +206,7 @@ def cut_stack(
     """
     geometry = place_stack(volume, brain, skull_off, keep, size, fov_mm)
     if volume.missing is not None and (volume.missing & brain).any():
-        raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are no finite number; convert it again")
+        raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are not finite; convert it again")
     # percentiles need no more of the voxels than every one at about 2 mm
     coarse = tuple(
         slice(b.start, b.stop, max(1, round(2 / s)))
@@ -216,13 +216,13 @@ def cut_stack(
     stack = geometry.cut(volume, brain, scale)
     bits = stack.view(np.uint16)  # of float16 from 0 to 1, in the order of the numbers; faster than these
     if bits.max() > ONE:
-        raise DataError("its slices would not be numbers from 0 to 1; convert it again from its source")
+        raise DataError("its slices would hold values outside 0 to 1; convert it again from its source")
     holds = np.flatnonzero(bits.any(axis=(1, 2)))
     if not len(holds):
         raise DataError("no brain in the slices kept; check its orientation and its mask")
     kept = slice(int(holds[0]), int(holds[-1]) + 1)
     if len(holds) < kept.stop - kept.start:
-        raise DataError("a slice between others holds no brain; look at the mask")
+        raise DataError("a slice between others holds no brain; check the mask")
     return stack[kept], replace(geometry, slices=geometry.slices[kept]), scale
 
 
@@ -264,7 +264,7 @@ def scale_intensity(values: np.ndarray) -> Scale:
     From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
     """
     low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
-    if not high - low > 1e-6 * max(abs(low), abs(high)):  # float32 tells no finer
+    if not high - low > 1e-6 * max(abs(low), abs(high)):  # float32 resolves no more
         raise DataError("is constant inside the brain; convert it again from its source")
     return low, high, float(np.log(MEDIAN) / np.log(np.clip((median - low) / (high - low), 0.2, 0.95)))
 
@@ -278,7 +278,7 @@ def resampling_weights(
                     place in space
     width_mm        the tent's half-width
 
-    Rows sum to 1, but are 0 where the target lies outside the source.
+    Rows sum to 1, or are 0 where the target lies outside the source.
     """
     place_in, place_out = ((np.arange(count) - centre) * spacing for count, spacing, centre in (source, target))
     weights = np.maximum(0, 1 - np.abs(place_out[:, None] - place_in[None, :]) / width_mm)

@@ -1,4 +1,4 @@
-"""Which scan a file holds: its voxels tell, not its name, its packing or its header's words."""
+"""Which scan a file holds, by its voxels: name, compression and header text do not count."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def hash_voxels(values: np.ndarray, spacing_mm: tuple[float, float, float]) -> s
     spacing_mm  voxel size along these axes
 
     What is hashed is the shape, the voxel size to 0.1 mm, and of voxels on a grid of at most 64^3 the rank of each
-    value among the values that occur. So a copy with another data type, another scale factor or the last digit of its
-    floats rounded otherwise is the same scan, and so is one whose origin was moved, as tools do that centre scans.
+    value among the values that occur. So a copy with another data type, another scale factor or its
+    floats rounded in the last digit is the same scan, and so is one whose origin was moved, as by tools that centre.
     """
     grid = np.ix_(*(_spread(count) for count in values.shape))
     with np.errstate(over="ignore"):

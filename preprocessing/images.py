@@ -1,4 +1,4 @@
-"""Reads image files, damaged ones too: never more than a file really holds, and one line where that fails."""
+"""Reads image files, damaged ones too: allocates no more than a file can hold, and fails in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFLATE_RATIO = 1032  # gzip makes nothing smaller than this
 MOST_MEMBERS = 1 << 16  # of a gzip file; of the size that bgzip makes, they hold 4 GB
 CHUNK = 1 << 18  # bytes
 WIDE_BYTES = 1 << 29  # what takes more than this, 512^3 float64, is read as float32
-# What stands before a file's voxels. The rest of a header is extensions, and how long they are is theirs to say.
+# What precedes a file's voxels. The rest of a header is extensions, whose length the file itself claims.
 HEADER_BYTES, MOST_OFFSET, MOST_MAT_BYTES = 1024, 1 << 26, 1 << 16
 FORMATS = [kind for kind in nib.imageclasses.all_image_classes if issubclass(kind, (nib.AnalyzeImage, nib.MGHImage))]
 
@@ -36,7 +36,7 @@ def parse_axes(text: str) -> str:
     """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
     axes = text.upper()
     if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
-        raise argparse.ArgumentTypeError(f"{text}: say where the three axes point to, such as ASL or RAS")
+        raise argparse.ArgumentTypeError(f"{text}: give where the three axes point, such as ASL or RAS")
     return axes
 
 
@@ -81,7 +81,7 @@ def read_image(path: Path, axes: str | None = None, distrusted: str | None = Non
 
 
 def _load_header(path: Path):
-    """What nibabel makes of a file's header alone: no extension is read, however long it says it is."""
+    """nibabel's image of a file's header alone; no extension is read, however long it claims to be."""
     _check_start(path)
     is_pair = path.name.lower().endswith(".img")
     beside = Path(nib.AnalyzeImage.filespec_to_file_map(path)["header"].filename) if is_pair else path
@@ -97,7 +97,7 @@ def _load_header(path: Path):
     file_map["header" if "header" in file_map else "image"].fileobj = io.BytesIO(start)
     mat = Path(file_map["mat"].filename) if "mat" in file_map else None
     if mat and mat.exists() and not (mat.is_file() and mat.stat().st_size <= MOST_MAT_BYTES):
-        raise DataError(f"{mat}: is no matrix of SPM's, which takes less than {MOST_MAT_BYTES >> 10} kB; take it away")
+        raise DataError(f"{mat}: is not an SPM matrix, which takes less than {MOST_MAT_BYTES >> 10} kB; remove it")
     return kind.from_file_map(file_map)
 
 
@@ -108,7 +108,7 @@ def _check_start(path: Path) -> None:
         raise DataError(f"{path}: is empty (0 bytes); copy it again")
     packed = start == b"\x1f\x8b"
     if packed != path.name.lower().endswith((".gz", ".mgz")):
-        raise DataError(f"{path}: is {'' if packed else 'not '}gzip, against its name; rename it or convert it again")
+        raise DataError(f"{path}: is {'' if packed else 'not '}gzip, unlike its name; rename it or convert it again")
 
 
 def _read_start(path: Path) -> bytes:
@@ -137,7 +137,7 @@ def _pick_volume(path: Path, image, index: int | None) -> tuple[tuple[int, int, 
     if volumes == 1:
         return shape[:3], 1, 0
     if index is None:
-        raise DataError(f"{path}: holds {volumes} volumes {shape}, not one; say which with --volume")
+        raise DataError(f"{path}: holds {volumes} volumes {shape}, not one; choose one with --volume")
     if index >= volumes:
         raise DataError(f"{path}: holds {volumes} volumes, so --volume is at most {volumes - 1}")
     return shape[:3], volumes, count * index
@@ -156,7 +156,7 @@ def _find_affine(path: Path, image, shape: tuple, axes: str | None, distrusted: 
     if oriented and "".join(aff2axcodes(affine)) != distrusted:
         return affine
     if axes is None:
-        raise DataError(f"{path}: its header does not give its orientation; give --axes, where its axes point to")
+        raise DataError(f"{path}: its header does not give its orientation; give --axes, where its axes point")
     return _make_affine(axes, shape, zooms)
 
 
@@ -205,9 +205,9 @@ def _read_values(path: Path, start: int, skip: int, count: int, volumes: int, dt
     is_wide = wanted > WIDE_BYTES and dtype.itemsize > 4  # wanted is bounded by now
     values = np.empty(count, np.float32 if is_wide else dtype)
     most = promised + max(promised // 100, 1 << 16)
-    stop = first + wanted if volumes > 1 else most + 1  # a single volume is read to its end, where the checksum stands
+    stop = first + wanted if volumes > 1 else most + 1  # a single volume is read to its end, where the checksum is
     size = filled = 0
-    kept = b""  # of a value whose other bytes are in the next piece
+    kept = b""  # bytes of a value that continues in the next piece
     for piece in _unpack(path) if packed else _read_pieces(path, first, wanted):
         begin = size if packed else first + size
         part = kept + memoryview(piece)[max(0, first - begin) : max(0, first + wanted - begin)]

@@ -1,4 +1,4 @@
-"""How public data sets are laid out on disk: which file is a session's scan, whose it is, which files are its masks.
+"""How public data sets are laid out on disk: which file is a session's scan, whose it is, and its masks.
 
 A layout is a table of patterns over paths. Nothing here opens a file.
 """
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
                 whose the volume is: `subject` and `session`; `name` where the file's own name is the same for every
                 session; `key` where masks are named otherwise. MODALITY stands for the contrast asked for.
     axes        where the stored axes point to, for files whose header does not say
-    distrusted  axes that the headers of this kind give wrongly
+    distrusted  axes that headers of this kind claim wrongly
     """
 
     pattern: str
@@ -85,7 +85,7 @@ _BIDS_LESION = (
     rf"(?:(?:_(?:desc|label)-(?:[^\W_]*lesions?[^\W_]*|L)){_OWN_SPACE}(?:_desc-[^\W_]+)?_(?:mask|roi|d?seg)"
     r"|_lesions?(?:[_-](?:mask|roi|d?seg|manual|label))?|_dseg)"
 )
-_ENTITY = re.compile(r"_(?:acq|rec|run|mod)-[^\W_]+")  # may stand in a scan's name and not in its mask's, or only there
+_ENTITY = re.compile(r"_(?:acq|rec|run|mod)-[^\W_]+")  # may be in a scan's name and not in its mask's, or the reverse
 _BRATS_IDS = (
     r"(?P<key>(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d+))/(?P=key)",
     r"(?P<key>[^/]+)/(?P=key)",
@@ -99,7 +99,7 @@ LAYOUTS = {
             "oasis1",
             "OASIS-1 discs",
             (
-                # Analyze files do not say: atlas images are stored transverse, the others sagittal.
+                # Analyze files do not give their orientation: atlas images are stored transverse, the others sagittal.
                 Kind(_OASIS1 + "_t88_masked_gfc", "LAS"),
                 Kind(_OASIS1 + "_t88_gfc", "LAS"),
                 Kind(_OASIS1 + "_sbj_111", "ASL"),
@@ -170,7 +170,7 @@ def name_subject(name: str) -> tuple[str, str]:
 
 
 def name_contrast(path: str) -> str:
-    """t1, t1ce, t2, flair or "another contrast", as the file's name or the nearest folder says; "" where none does."""
+    """t1, t1ce, t2, flair or "another contrast", from the file's or the nearest folder's name; else ""."""
     for part in reversed(strip_ending(path).split("/")):
         last = (-1, "")
         for contrast, pattern in _CONTRASTS.items():
@@ -183,7 +183,7 @@ def name_contrast(path: str) -> str:
 
 
 def prefer(path: str) -> tuple:
-    """What sorts volumes of a session, the one to take first: no localizer, MPRAGE, few words, run-2 before run-10."""
+    """The sort key of a session's volumes, best first: no localizer, MPRAGE, few words, run-2 before run-10."""
     name = re.sub(r"^sub-[^_]+", "", strip_ending(path).rpartition("/")[2])
     natural = [(int(run), "") if run.isdigit() else (-1, run.lower()) for run in re.findall(r"\d+|\D+", path)]
     return bool(_POOR.search(name)), "mprage" not in name.lower(), len(re.findall(r"[^\W_]+", name)), natural
@@ -217,7 +217,9 @@ def arrange(
                 identity = replace(identity, session=groups["session"])
             key = groups.get("key") or name
             one = (groups["subject"].lower(), groups.get("session")) if "subject" in groups else (key, "")
-            root = re.split(r"(?:^|/)sub-", path)[0] if layout.name == "bids" else ""  # two sets, two people
+            root = (
+                re.split(r"(?:^|/)sub-", path)[0] if layout.name == "bids" else ""
+            )  # the same subject of another data set is another person
             kind = layout.scans[rank]
             found = Found(path, name, identity, kind.axes, kind.distrusted, _pick(brains, key), _pick(lesions, key))
             sessions.setdefault((root, *one), []).append((rank, found))
@@ -230,7 +232,7 @@ def arrange(
         scans.append(best)
         left_out += [(other.path, f"its session is read from {best.path}") for _, other in volumes if other is not best]
     used = {mask for scan in scans for mask in (scan.brain_mask, scan.lesion_mask)}
-    left_out += [(path, "a mask of no scan here") for path in masks - used]
+    left_out += [(path, "a mask without a scan") for path in masks - used]
     return sorted(scans, key=lambda scan: scan.path), sorted(left_out)
 
 
@@ -251,7 +253,7 @@ def _match_kind(layout: Layout, path: str, modality: str) -> tuple[int, re.Match
 
 
 def _key_masks(pattern: str | None, paths: list[str]) -> dict[str, str]:
-    """Masks by the key of their scan, the first of each, and by `key*` for what the key is without acq-, run- ..."""
+    """Masks by the key of their scan, the first of each, and by `key*` for the key without acq-, run- ..."""
     masks = {}
     for path in sorted(paths) if pattern else ():
         match = _match(pattern, path)

@@ -14,7 +14,7 @@ from preprocessing.volume import Volume, fill_holes, find_box, label_pieces
 
 RINGING = 0.3  # of a mask's highest value: as far as a spline goes below 0
 MOST_LABELS = 20  # whole numbers of so few values are labels; of more, where neighbours are alike
-STRAY_SHARE = 0.1  # of the main piece: smaller pieces are no part of the brain
+STRAY_SHARE = 0.1  # of the largest piece's volume: smaller pieces are not the brain
 
 
 def read_mask(
@@ -24,11 +24,11 @@ def read_mask(
     distrusted: str | None = None,
     labels: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, str]:
-    """(mask of this volume (X, Y, Z) bool in canonical order, how it was cut in words where that is not plain).
+    """(mask of this volume (X, Y, Z) bool in canonical order, a note on how it was cut, or "").
 
     labels  those that are taken; None: all above 0
 
-    Raises DataError with the cure where the mask does not fit the scan, or is none, or is empty.
+    Raises DataError with the cure where the mask does not fit the scan, is not a mask or is empty.
     """
     mask = read_image(path, axes, distrusted)
     if mask.values.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-2):
@@ -41,12 +41,12 @@ def read_mask(
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if not inside.any():
-        raise DataError(f"{path}: is empty; make the mask again or take it away")
+        raise DataError(f"{path}: is empty; make the mask again or remove it")
     return np.asfortranarray(apply_orientation(inside, io_orientation(mask.affine))), how
 
 
 def cut_mask(values: np.ndarray, labels: Sequence[int] | None = None) -> tuple[np.ndarray, str]:
-    """(what a mask's values of any shape and type mean as bool, how they were cut in words; "" where that is plain).
+    """(the values of a mask, of any shape and type, as bool; a note on how they were cut, or "").
 
     Labels are taken where they are above 0, or listed; probabilities above one half. Soft masks of another range, such
     as percentages or what a spline made of a mask, are cut at one half of it.
@@ -57,7 +57,7 @@ def cut_mask(values: np.ndarray, labels: Sequence[int] | None = None) -> tuple[n
     if low < 0 and np.count_nonzero(values == low) + np.count_nonzero(values == high) == values.size:
         return values > low, ""
     if low < -RINGING * high:
-        raise DataError(f"holds values from {low:g} to {high:g}, no mask does; make the mask again")
+        raise DataError(f"holds values from {low:g} to {high:g}, unlike a mask; make the mask again")
     if labels or not _is_soft(values, low, high):
         return _take_labels(values, labels)
     half = 0.5 if high <= 1.5 else high / 2  # a spline goes beyond 1
@@ -98,8 +98,8 @@ def _list(labels: Sequence[float]) -> str:
 def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     """(a mask (X, Y, Z) bool without its stray pieces, the voxels that were dropped).
 
-    Stray is what is connected with the main piece over no face, edge or corner, lies in none of its cavities and has
-    less than STRAY_SHARE of its volume: eyes, the neck, specks.
+    A stray piece touches the main one at no face, edge or corner, lies in none of its cavities and has less than
+    STRAY_SHARE of its volume: eyes, the neck, specks.
     """
     box = find_box(inside)
     planes = inside.T[box]

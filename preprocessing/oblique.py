@@ -1,4 +1,4 @@
-"""Brings scans that lie oblique in the scanner to the anatomical axes, and maps back to the scan's own grid."""
+"""Resamples oblique scans to the anatomical axes, and their maps back to the scan's own grid."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import ndimage
 
 from preprocessing.volume import Box, Volume, find_box
 
-MOST_TILT_DEGREES = 20  # that are left as they are: brains lie as oblique in straight scans
+MOST_TILT_DEGREES = 20  # of scans left as they are: heads tilt as much in straight scans
 SLAB = 32  # planes
-MARGIN_MM = 5.0  # around what is brought to the new grid
+MARGIN_MM = 5.0  # around what is resampled
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StraightGrid:
 
     @classmethod
     def around(cls, volume: Volume, inside: np.ndarray) -> StraightGrid:
-        """The grid with the voxel size of a volume that holds what is `inside` (X, Y, Z) bool of it."""
+        """The grid with a volume's voxel size that covers its `inside` (X, Y, Z) bool."""
         box = find_box(inside)[::-1]
         corners = itertools.product(*((side.start, side.stop - 1) for side in box))
         corners_mm = nib.affines.apply_affine(find_canonical_affine(volume), list(corners))
@@ -37,7 +37,7 @@ class StraightGrid:
         return cls(tuple(shape.tolist()), tuple(tuple(row) for row in affine.tolist()))
 
     def bring(self, volume: Volume, inside: np.ndarray) -> tuple[Volume, np.ndarray]:
-        """(the volume, `inside` (X, Y, Z) bool of it) on this grid; values are averaged over what is inside alone."""
+        """(the volume, `inside` (X, Y, Z) bool of it) on this grid; values are averaged over what is inside only."""
         box = _grow(find_box(inside))
         share = self._interpolate(volume, inside, box)
         values, brain = self._interpolate(volume, np.where(inside[box], volume.values[box], 0), box), share > 0.5
@@ -53,7 +53,7 @@ class StraightGrid:
         return np.asfortranarray(self._interpolate(volume, mask, _grow(find_box(mask))) > 0.5)
 
     def take_back(self, values: np.ndarray, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
-        """A map (X, Y, Z) on this grid, NaN where nothing is known, on that of a file: (I, J, K) and affine."""
+        """A map (X, Y, Z) on this grid, NaN where unknown, resampled to a file's grid: (I, J, K) and affine."""
         to_grid = np.linalg.inv(np.array(self.affine)) @ affine
         known = np.isfinite(values)
         parts = [part.astype(np.float32) for part in (known, np.where(known, values, 0))]

@@ -3,7 +3,7 @@
 Takes the OASIS discs as downloaded, several other data sets, or any folder of .nii, .nii.gz, .hdr/.img and .mgz files,
 and writes slices: upright, cropped around the brain, in [0, 1], split by subject. A folder with train/, val/ and test/,
 and in these normal/ and abnormal/, gives splits and labels itself; otherwise a clinical table or --label says which
-scans are normal. Scans that are done and unchanged are skipped, so the same command goes on where it was stopped.
+scans are normal. Scans that are done and unchanged are skipped, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ EXAMPLE = """examples:
 
 
 def preprocess(args: argparse.Namespace) -> int:
-    """Bring all scans of a folder into the store; returns the exit code: 0, or 3 where scans were skipped."""
-    stored = list(list_scans(args.processed, refused=[]))  # those with a bad record are made again
+    """Preprocess all scans of a folder; returns the exit code: 0, or 3 where scans were skipped."""
+    stored = list(list_scans(args.processed, refused=[]))  # a scan with a bad record is made again
     rules = CohortRules(
         layout=args.layout,
         modality=args.modality,
@@ -83,7 +83,7 @@ def preprocess(args: argparse.Namespace) -> int:
     describe(args, found, stored)
     if args.dry_run:
         for old in withdrawn:
-            log.warning("would take %s out of use: %s is no longer taken", old.folder, old.record["source"])
+            log.warning("would withdraw %s: %s is no longer among the scans", old.folder, old.record["source"])
         for _, why in found.refused:
             log.warning("would skip %s", why)
         return 3 if found.refused else 0
@@ -91,14 +91,12 @@ def preprocess(args: argparse.Namespace) -> int:
         clear_leftovers(args.processed)
         for old in withdrawn:
             source = old.record["source"]
-            log.warning(
-                "%s: is no longer taken; its slices are out of use, they lie in %s", source, withdraw(old.folder)
-            )
+            log.warning("%s: is no longer among the scans; its slices were moved to %s", source, withdraw(old.folder))
         return write_slices(args, found)
 
 
 def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) -> None:
-    """Log what was found and what will be done with it, file by file in a dry run."""
+    """Log what was found, file by file in a dry run."""
     about = LAYOUTS[found.layout].about if found.layout in LAYOUTS else found.layout
     sessions = len({(scan.subject, scan.session or scan.name) for scan in found.scans})
     subjects = {scan.subject for scan in found.scans}
@@ -127,18 +125,18 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
 
 
 def warn_of_masks(found: Search) -> None:
-    """Warn of masks that no scan has, and of abnormal scans that have none."""
+    """Warn of masks without a scan, and of abnormal scans without a lesion mask."""
     unused = [Path(path).name for path, why in found.left_out if why.startswith(("a mask", "a lesion mask"))]
     if unused:
-        log.warning("  %d masks belong to no scan that can have them: %s", len(unused), list_names(unused))
+        log.warning("  %d masks belong to no scan, or to a normal one: %s", len(unused), list_names(unused))
     bare = [scan.name for scan in found.scans if scan.label == "abnormal" and scan.lesion_mask is None]
     if bare:
-        why = "it is not known where they are abnormal, so they count in no figure of slices or voxels"
+        why = "they count for scan figures only, not for slices and voxels"
         log.warning("  %d abnormal scans have no lesion mask: %s; %s", len(bare), list_names(bare), why)
 
 
 def warn_of_scans(stored: list[StoredScan]) -> None:
-    """Warn of what was not plain in the scans of the store, once each with the scans' names."""
+    """Repeat the warnings of the stored scans, each once with the names of its scans."""
     groups = {}
     for old in stored:
         for warning in old.record.get("warnings", ()):
@@ -149,15 +147,15 @@ def warn_of_scans(stored: list[StoredScan]) -> None:
 
 
 def list_names(names: list[str]) -> str:
-    """The first of them."""
+    """The first NAMES_LISTED names and how many more there are, on one line."""
     return ", ".join(names[:NAMES_LISTED]) + (f" and {len(names) - NAMES_LISTED} more" * (len(names) > NAMES_LISTED))
 
 
 def write_slices(args: argparse.Namespace, found: Search) -> int:
-    """Bring the scans that were found into the store; returns the exit code."""
+    """Write the slices of the scans that were found; returns the exit code."""
     was_cut_off = not _is_finished(args.processed)
     record = _begin_record(args, found)
-    _write_record(args.processed, record)  # first, so that a run that is cut off goes on with the same splits
+    _write_record(args.processed, record)  # first, so that an interrupted run resumes with the same splits
     for _, why in found.refused:
         log.warning("skipped %s", why)
     results = list(zip(found.scans, _run_workers(args, found.scans), strict=True))
@@ -176,14 +174,14 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
         except OSError as error:
             raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({explain(error)})") from error
     warn_of_scans(stored)
-    _write_record(args.processed, record)  # last: "scans" in it says that the rest is complete
+    _write_record(args.processed, record)  # last: with "scans" in it, the rest is complete
     log.info(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {len(skipped)} skipped; slices in {args.processed}"
     )
     if not counts["done"] + counts["unchanged"]:
         raise DataError(f"{args.raw}: not one of its {len(skipped)} scans could be used; see the lines above")
     refuse_copies((f"{old.split}/{old.label}", old) for old in stored)
-    refuse_mixture("have their skull off", ((old.record.get("skull_off"), old.folder) for old in stored))
+    refuse_mixture("lack the skull", ((old.record.get("skull_off"), old.folder) for old in stored))
     return 3 if skipped else 0
 
 
@@ -206,7 +204,7 @@ def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str,
 
 @contextlib.contextmanager
 def _work_on(scheduler: str | None) -> Iterator[None]:
-    """Make joblib work on the Dask cluster at that address; without one, on this machine."""
+    """Let joblib use the Dask cluster at this address, or this machine where it is None."""
     if scheduler is None:
         yield
         return
@@ -225,13 +223,13 @@ def _work_on(scheduler: str | None) -> Iterator[None]:
         raise DataError(
             f"{scheduler}: its workers lack {error.name}; start them in this repository's folder"
         ) from error
-    except Exception as error:  # whatever breaks in a cluster, the cure is the same
+    except Exception as error:  # whatever fails in a cluster, the cure is the same
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{scheduler}: the cluster failed ({reason}); start again, it goes on where it was") from error
+        raise DataError(f"{scheduler}: the cluster failed ({reason}); run the same command again to resume") from error
 
 
 def _begin_record(args: argparse.Namespace, found: Search) -> dict:
-    """What is known of the set before its scans are done."""
+    """The part of dataset.json that is known before the scans are processed."""
     return {
         "layout": found.layout,
         "format": FORMAT,
@@ -249,7 +247,7 @@ def _read_old_record(processed: Path) -> dict | None:
         record = read_json(path, "delete it")
         if not set(record["splits"].values()) <= set(SPLITS):
             raise ValueError(f"its splits are not {', '.join(SPLITS)}")
-        record["flags"]["split"], record["flags"]["seed"]  # there or a KeyError
+        record["flags"]["split"], record["flags"]["seed"]  # KeyError where missing
         return record
     except FileNotFoundError:
         return None
@@ -260,14 +258,14 @@ def _read_old_record(processed: Path) -> dict | None:
 
 
 def _read_splits(args: argparse.Namespace) -> dict[str, str]:
-    """The splits that an earlier run gave with the same shares and seed, whether its scans were done or not."""
+    """The splits of an earlier run with the same shares and seed, including scans that it did not reach."""
     old = _read_old_record(args.processed)
     same = old and (old["flags"]["split"], old["flags"]["seed"]) == (args.split, args.seed)
     return old["splits"] if same else {}
 
 
 def _is_finished(processed: Path) -> bool:
-    """Whether the last run there came to its end."""
+    """Whether the last run into this folder finished."""
     return "scans" in (_read_old_record(processed) or {}) and (processed / "qc.png").exists()
 
 
@@ -293,15 +291,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--subject-pattern",
         type=parse_pattern,
         metavar="REGEX",
-        help="who is who: searched in each path below --raw, the subject in parentheses; left out: names are read",
+        help="finds the subject, in parentheses, in each path below --raw; left out: read from the names",
     )
-    parser.add_argument("--clinical", type=Path, help="clinical table (csv, tsv, xlsx, xls) that says who is normal")
+    parser.add_argument(
+        "--clinical", type=Path, help="clinical table (csv, tsv, xlsx, xls) with diagnoses, ages and sexes"
+    )
     for label in LABELS:
         parser.add_argument(
             f"--{label}-values", nargs="+", metavar="VALUE", help=f"values of the table's diagnosis that mean {label}"
         )
     parser.add_argument(
-        "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: such scans are not used"
+        "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: do not use such scans"
     )
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(
@@ -312,15 +312,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[0.8, 0.1, 0.1],
         help="shares of normal subjects",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of the split")
-    parser.add_argument("--axes", type=parse_axes, help="where the stored axes point to if no header says, such as ASL")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the split")
+    parser.add_argument(
+        "--axes", type=parse_axes, help="where the stored axes point, if the header does not say, such as ASL"
+    )
     parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of files with several, from 0")
     parser.add_argument(
         "--lesion-labels",
         type=bounded(int, least=1),
         nargs="+",
         metavar="LABEL",
-        help="labels in lesion masks that are lesion; left out: all above 0",
+        help="labels that mean lesion in lesion masks; left out: all above 0",
     )
     share, side = bounded(above=0, most=1), bounded(int, least=16, most=1024, multiple_of=16)
     width = bounded(least=100, most=1000)
@@ -328,18 +330,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
     parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
     workers = bounded(int, least=1)
-    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans in work at a time")
+    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans processed at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
-    parser.add_argument("--dry-run", action="store_true", help="only list what would be done, file by file")
-    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; warnings remain")
-    parser.add_argument("--json", action="store_true", help="print dataset.json on standard output and nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be done, file by file, and do nothing")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    parser.add_argument("--json", action="store_true", help="print dataset.json on standard output, nothing else")
     args = parse_flags(parser, argv)
     if abs(sum(args.split) - 1) > 1e-6:
-        parser.error("--split is three shares that sum to 1")
+        parser.error("--split takes three shares that sum to 1")
     if args.json and args.dry_run:
-        parser.error("--json is about what was done, --dry-run does nothing; leave one out")
+        parser.error("--json prints what was done and --dry-run does nothing; leave one out")
     if (args.normal_values or args.abnormal_values) and not args.clinical:
-        parser.error("--normal-values and --abnormal-values are about a table; give it with --clinical")
+        parser.error("--normal-values and --abnormal-values need a table; give --clinical")
     return args
 
 
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = preprocess(args)
     except TerminatedWorkerError as error:
-        raise DataError("a worker was killed, probably for want of memory; start again with fewer --workers") from error
+        raise DataError("a worker was killed, probably because memory ran out; use fewer --workers") from error
     if args.json:
         print((args.processed / "dataset.json").read_text(encoding="utf-8"))
     return code

@@ -1,4 +1,4 @@
-"""The contact sheet: the middle slice of every scan, so that one glance finds a scan that lies wrong."""
+"""The contact sheet: the middle slice of every scan, to find a wrongly oriented scan at a glance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw_contact_sheet(scans: list[StoredScan], processed: Path) -> list[Path]:
             draw_scan(axes, scan)
         pages.append(processed / ("qc.png" if start == 0 else f"qc-{len(pages) + 1}.png"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font lacks: a box stands for them
+            warnings.simplefilter("ignore")  # about letters that the font lacks, drawn as boxes
             write_figure(pages[-1], figure)
     return pages
 

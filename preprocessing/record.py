@@ -1,4 +1,4 @@
-"""scan.json read and checked: nothing in it is believed that could not be a scan's."""
+"""Reads and checks scan.json: every field must be possible for a scan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_record(folder: Path) -> dict:
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         wrong = str(error)
     if wrong:
-        raise DataError(f"{path}: is no record of a scan ({' '.join(wrong.split())}); {CURE}")
+        raise DataError(f"{path}: is not a record of a scan ({' '.join(wrong.split())}); {CURE}")
     return record
 
 

@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
 LABELS = ("normal", "abnormal")
 TREE = "split/label tree"
-NO_SCAN = "a mask of no scan here"
+NO_SCAN = "a mask without a scan"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scan:
     """One volume on disk and what is known about it; split and label are empty until they are known."""
 
     path: Path
-    name: str  # what the scan is called everywhere: the file's name without its ending, as a rule
+    name: str  # the scan's name everywhere: usually the file's, without its ending
     split: str
     label: str
     subject: str
@@ -37,7 +37,7 @@ class Scan:
     brain_mask: Path | None
     lesion_mask: Path | None
     axes: str | None = None  # where the stored axes point to, if the header does not say
-    distrusted: str | None = None  # axes that are not believed where the header says them
+    distrusted: str | None = None  # axes that are not believed where the header claims them
     age: float | None = None  # years
     sex: str | None = None  # "F" or "M"
     otherwise: str = ""  # the subject in another reading of the path (`subjects.Identity`)
@@ -49,8 +49,8 @@ class Search(NamedTuple):
 
     layout: str
     scans: list[Scan]
-    left_out: list[tuple[str, str]]  # (path, why): not meant to be used
-    refused: list[tuple[str, str]]  # (path, why and its cure): meant, but cannot be used
+    left_out: list[tuple[str, str]]  # (path, why): not meant as scans
+    refused: list[tuple[str, str]]  # (path, why and the cure): meant as scans, but unusable
     notes: tuple[str, ...] = ()  # lines for the user: how the values of the clinical table are read
 
 
@@ -60,7 +60,7 @@ def name_scan(path: Path) -> str:
 
 
 def spell(name: str) -> str:
-    """A file's name as text: what is no UTF-8 in it, in the way of URLs."""
+    """A file's name as text; bytes that are not UTF-8 as in URLs (%E9)."""
     return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", name)
 
 
@@ -71,14 +71,14 @@ def search(
     besides: Path | None = None,
     pattern: str | None = None,
 ) -> Search:
-    """Find the scans under a folder, symbolic links followed once, `besides` (the slice store) left alone.
+    """Find the scans under a folder, following symbolic links once and leaving out `besides` (the slice store).
 
     Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
     may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
     left empty. In the tree, masks are also looked for in `<raw>/<split>/masks` as `<id>_brain`, `<id>_lesion` or as
     tools name them, where id is the scan's name with or without its contrast (`_T1w`). Only abnormal scans have lesion
     masks.
-    `pattern` says the subject of each path; without it `subjects.identify` does.
+    `pattern` finds the subject in each path; without it names are read (`subjects.identify`).
     """
     if not raw.is_dir():
         raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
@@ -100,12 +100,12 @@ def search(
 
 
 def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
-    """The one line where nothing can be preprocessed; files of another contrast say which --modality takes them."""
+    """Why nothing can be preprocessed; where all files show another contrast, the --modality to give."""
     others = sorted({name_contrast(path) for path, why in left_out if why.startswith("shows ")} & {*MODALITIES})
     if others:
         return f"{raw}: its scans show {' and '.join(others)}; give --modality {others[0]}"
     return (
-        f"{raw}: no scans ({', '.join(ENDINGS)}) in it that its layout knows; put healthy scans into "
+        f"{raw}: holds no scans ({', '.join(ENDINGS)}) that fit its layout; put healthy scans into "
         f"{raw / 'train' / 'normal'}, or give --raw another folder"
     )
 
@@ -118,7 +118,7 @@ def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
 def walk(
     folder: Path, besides: Path | None = None
 ) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """(image files; those that are none but by their name, with why; folders that cannot be read, with why)."""
+    """(image files; special files with such names, with why; folders that cannot be read, with why)."""
     seen = {os.path.realpath(besides)} if besides else set()
     files, passed_over, closed = [], [], []
 
@@ -135,14 +135,14 @@ def walk(
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in names if name.lower().endswith(ENDINGS) and name[0] != "."):
             if _is_special(path):
-                passed_over.append((path, "no regular file"))
+                passed_over.append((path, "not a regular file"))
             else:
                 files.append(path)
     return sorted(files), sorted(passed_over), sorted(closed)
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a fifo, a device or a socket, which reading may never end; a file that is lost is not."""
+    """Whether it is a fifo, a device or a socket, which may block for ever; a missing file is not."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -150,7 +150,7 @@ def _is_special(path: Path) -> bool:
 
 
 def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
-    """What was taken for a subject where a name can be read in two ways and that matters, with examples; or ""."""
+    """Examples of the subjects chosen where names can be read in two ways and it matters; else ""."""
     ambiguous = find_ambiguous(scans)
     if not ambiguous:
         return ""
@@ -161,8 +161,8 @@ def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
         examples.setdefault(scan.subject, f"{where} is of {scan.subject}{reading}")
     return (
         f"{len(ambiguous)} names can be read in two ways; taken: {'; '.join(list(examples.values())[:3])}. If that is "
-        "wrong, say who is who with --subject-pattern REGEX, the subject in parentheses, or in a column `subject` of "
-        "--clinical"
+        "wrong, give the subjects with --subject-pattern REGEX, the subject in parentheses, or in a column `subject` "
+        "of --clinical"
     )
 
 
@@ -262,7 +262,7 @@ def _join(lists):
 
 
 def _part_same_names(scans: list[Scan]) -> tuple[list[Scan], list[tuple[str, str]]]:
-    """(the scans that have their name alone, those that share one with why)."""
+    """(the scans with unique names, [(path, why)] of those that share one)."""
     by_name = defaultdict(list)
     for scan in scans:
         by_name[scan.split, scan.label, scan.name].append(scan)
@@ -271,6 +271,6 @@ def _part_same_names(scans: list[Scan]) -> tuple[list[Scan], list[tuple[str, str
     for same in by_name.values():
         for scan, other in zip(same, same[1:] + same[:1], strict=True):
             if scan is not other:
-                why = f"{scan.path}: {other.path} would also be called {scan.name}; rename one of them"
+                why = f"{scan.path}: {other.path} would have the same name, {scan.name}; rename one of them"
                 refused.append((str(scan.path), why))
     return alone, refused

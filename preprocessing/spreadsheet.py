@@ -1,6 +1,6 @@
-"""Reads a table's cells as text, from whatever people call a table: csv, tsv, xlsx, xls, in any of the usual encodings.
+"""Reads a table's cells as text, from csv, tsv, xlsx or xls in any common encoding.
 
-What a file is, its content says, not its ending. Nothing here knows what the columns mean.
+The content decides the format, not the ending. Nothing here knows what the columns mean.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_sheets(path: Path) -> list[list[Line]]:
     Raises DataError where the file is no table, is damaged or would take more memory than a clinical table can need.
     """
     if not path.is_file():
-        what = "is no file" if path.exists() else "no such file"
+        what = "is not a file" if path.exists() else "no such file"
         raise DataError(f"{path}: {what}; give --clinical the clinical table")
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -84,7 +84,7 @@ def _bound(lines: Iterable[Line]) -> list[Line]:
 
 
 def _pad(lines: list[Line]) -> list[Line]:
-    """A spreadsheet whose first lines are as long as any, for notes beside a table have no header."""
+    """A spreadsheet with its first lines padded to the longest one, since notes beside a table have no header."""
     width = max((len(line.cells) for line in lines), default=0)
     first = [line._replace(cells=line.cells + ("",) * (width - len(line.cells))) for line in lines[:SEARCHED]]
     return first + lines[SEARCHED:]
@@ -97,7 +97,7 @@ def _decode(content: bytes) -> str:
     if b"\0" in content:  # UTF-16 without a mark: every other byte of Western text is zero
         even, odd = content[:2000:2].count(0), content[1:2000:2].count(0)
         if max(even, odd) < len(content[:2000]) / 4:
-            raise ValueError("it is no text")
+            raise ValueError("it is not text")
         return content.decode("utf-16-be" if even > odd else "utf-16-le")
     for encoding in ("utf-8", "cp1252"):  # cp1252 is Latin-1 with quotes and dashes where that has control characters
         try:
@@ -109,7 +109,7 @@ def _decode(content: bytes) -> str:
 
 def _read_text(text: str) -> Iterator[Line]:
     if "\0" in text:
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     reader = csv.reader(io.StringIO(text), delimiter=_find_delimiter(text), strict=True)
     while True:
@@ -117,7 +117,7 @@ def _read_text(text: str) -> Iterator[Line]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"line {number}: {error}, quotes that do not close") from error
+            raise ValueError(f"line {number}: {error}, quotes are not closed") from error
         if cells is None:
             return
         yield Line(number, tuple(cell.strip() for cell in cells))
@@ -152,7 +152,7 @@ def _read_xlsx(content: bytes) -> Iterator[Iterator[Line]]:
     book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
     for sheet in book.worksheets:
         if sheet.sheet_state == "visible":
-            sheet.reset_dimensions()  # what the file claims may be wrong; its rows tell
+            sheet.reset_dimensions()  # the file's claim may be wrong; its rows count
             yield _number(sheet.iter_rows(values_only=True))
     book.close()
 
@@ -160,7 +160,7 @@ def _read_xlsx(content: bytes) -> Iterator[Iterator[Line]]:
 def _read_xls(content: bytes) -> Iterator[Iterator[Line]]:
     import xlrd  # here, because few tables need it
 
-    with open(os.devnull, "w") as nowhere:  # where xlrd writes what it thinks of a file
+    with open(os.devnull, "w") as nowhere:  # for xlrd's remarks about a file
         book = xlrd.open_workbook(file_contents=content, logfile=nowhere, on_demand=True, ragged_rows=True)
 
         def read(cell: xlrd.sheet.Cell):

@@ -1,4 +1,4 @@
-"""The slice store: the only place that knows how slices are stored.
+"""The slice store: the only module that knows how slices are stored.
 
     <processed>/<split>/<label>/<scan>/slice_087.npy   one axial slice, (size, size) float16 in [0, 1]
     <processed>/<split>/<label>/<scan>/scan.json       whose it is and how to go back to the scan's own grid
@@ -29,10 +29,10 @@ from preprocessing.record import find_wrong_settings, read_record
 from preprocessing.scans import LABELS, SPLITS
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
-WITHDRAWN = ".withdrawn"  # folder of a store for scans that are no longer what they were made from
+WITHDRAWN = ".withdrawn"  # folder of a store for scans whose source is gone or changed
 OURS = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json")  # the names in a scan's folder
 LEFTOVER = re.compile(r"\..+\.\d+\.(?:partial|old)", re.DOTALL)  # of `_write_folder`
-_SETTINGS: dict[tuple, tuple] = {}  # each combination once, whatever number of scans were made with it
+_SETTINGS: dict[tuple, tuple] = {}  # each combination once, however many scans share it
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LoadedScan:
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
     brain_ml      volume of the brain mask, where the scan comes from its file
     hashes        which scan it is, see `StoredScan`
-    warnings      what a reader should know before trusting the scan
+    warnings      what to know before trusting the scan
     """
 
     name: str
@@ -168,7 +168,7 @@ def read_slice(path: Path, size: int) -> np.ndarray:
         values.view(np.uint16).max() <= ONE if values.dtype == np.float16 else 0 <= values.min() <= values.max() <= 1
     )
     if not within:
-        raise DataError(f"{path}: holds values that do not lie from 0 to 1; delete its folder and preprocess again")
+        raise DataError(f"{path}: holds values outside 0 to 1; delete its folder and preprocess again")
     return values
 
 
@@ -190,7 +190,7 @@ def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, recor
 
 
 def change_record(folder: Path, **changes) -> None:
-    """Change what a scan's scan.json says."""
+    """Change fields of a scan's scan.json."""
     with replace_when_whole(folder / "scan.json") as partial:
         partial.write_text(_format_record(read_record(folder) | changes))
 
@@ -213,7 +213,7 @@ def read_scan(folder: Path) -> StoredScan | None:
 def list_scans(root: Path, refused: list[DataError] | None = None) -> Iterator[StoredScan]:
     """The finished scans under a folder of the store at any depth (a split, a label or the whole), in order of path.
 
-    One with a bad record takes only itself out: it is added to `refused` or, left out, named in a warning.
+    A scan with a bad record is left out: its error is added to `refused`, or logged where that is None.
     """
     for place, folders, _ in os.walk(root):
         is_label = Path(place).name in LABELS
@@ -232,11 +232,11 @@ def list_scans(root: Path, refused: list[DataError] | None = None) -> Iterator[S
                 continue
             if scan:
                 yield scan
-        folders.clear()  # what lies in a scan's folder is in its scan.json: 100 slices a scan need not be listed
+        folders.clear()  # scan.json names the 100 slices of a scan, so they need not be listed
 
 
 def withdraw(folder: Path) -> Path:
-    """Take a scan out of the store, so that nothing trains on it any more; returns where it lies now."""
+    """Move a scan to WITHDRAWN, so that nothing uses it any more; returns its new folder."""
     split, processed = folder.parents[1].name, folder.parents[2]
     target = processed / WITHDRAWN / split / folder.parent.name / folder.name
     number = 1
@@ -244,7 +244,7 @@ def withdraw(folder: Path) -> Path:
         number += 1
         target = target.with_name(f"{folder.name}.{number}")
     moves = [(folder, target)]
-    if folder.parent.name == "abnormal":  # a normal scan of that name has no say in its masks
+    if folder.parent.name == "abnormal":  # a normal scan of that name does not own the masks
         moves.append((_mask_folder(folder), _mask_folder(target)))
     for source, new in moves:
         if source.is_dir():
@@ -254,7 +254,7 @@ def withdraw(folder: Path) -> Path:
 
 
 def check_settings(settings: dict) -> None:
-    """ValueError where a model's record of its training slices' settings cannot be true."""
+    """ValueError where the settings that a model records of its training slices are impossible."""
     wrong = find_wrong_settings(settings)
     if wrong:
         raise ValueError(f"its slices' {wrong}")
@@ -263,7 +263,7 @@ def check_settings(settings: dict) -> None:
 def check_same_settings(scans: list[StoredScan], like: dict | None = None) -> dict:
     """The settings that these scans' slices were made with, {setting: value}.
 
-    DataError names the first scan made otherwise than the first one, or than `like`, what a model was trained on.
+    DataError names the first scan whose settings differ from the first one's, or from `like`, a model's.
     """
     first = dict(zip(SAME_SETTINGS, scans[0].settings, strict=True))
     wanted, whose = (like, "the model's training slices") if like else (first, str(scans[0].folder))
@@ -290,9 +290,9 @@ def _format_record(record: dict) -> str:
 
 
 def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: dict | None) -> None:
-    """Write beside and rename, so that a folder with this name is always a whole one.
+    """Write a temporary folder and rename it, so that a folder with this name is always whole.
 
-    Beside means under a name of this process: a worker whose master was killed may still be at the same scan.
+    Its name has the process's number: a worker whose parent was killed may still be writing the same scan.
     """
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     try:
@@ -307,13 +307,13 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
             (partial / "scan.json").write_text(_format_record(record))
         while True:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(folder, old)  # and deleted later: half a scan must not keep this name if this is killed
+                os.rename(folder, old)  # deleted later: if this is killed, no half-deleted scan has this name
             try:
                 os.rename(partial, folder)
                 _keep_foreign(old, folder)
                 break
             except OSError:
-                if not folder.exists():  # if it does, that other worker was quicker
+                if not folder.exists():  # if it does, the other worker was faster
                     raise
             finally:
                 _delete(old)
@@ -323,7 +323,7 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
 
 
 def _keep_foreign(old: Path, folder: Path) -> None:
-    """What a user put into a scan's folder goes on to the new one."""
+    """Move what a user put into a scan's folder to the new one."""
     for path in old.iterdir() if old.is_dir() and not old.is_symlink() else ():
         if not OURS.fullmatch(path.name):
             os.rename(path, folder / path.name)
@@ -342,7 +342,7 @@ def _delete(folder: Path) -> None:
 
 
 def clear_leftovers(processed: Path) -> None:
-    """Delete what processes that were killed left half-written; nothing else, whatever it is called."""
+    """Delete the half-written folders of killed processes, and nothing else."""
     for place in (processed / split / kind for split in SPLITS for kind in (*LABELS, "masks")):
         for path in place.iterdir() if place.is_dir() else ():
             if LEFTOVER.fullmatch(path.name):

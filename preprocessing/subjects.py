@@ -1,9 +1,9 @@
-"""Says who the person in a scan is, and which session it shows, from where the scan stands and what it is called.
+"""Finds the subject and session of a scan from its path.
 
 A path is read from the file's name up to the topmost folder. In each part of it, what tells scans of one person apart
 (visits, dates, runs, contrasts, processing) is set aside; what remains names the person. The names of public data sets
-come first, BIDS among them. Scans of one person are rather joined than parted, and a name that could be read in two
-ways keeps the other reading, so that it can be reported.
+come first, BIDS among them. In doubt, scans are joined as one person's, and a name that can be read in two ways
+keeps the other reading, so that it can be reported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from preprocessing.vocabulary import (
 )
 
 UNNAMED = "unnamed"  # the subject where a path holds sessions and nobody's name
-_NOBODY, _WORD, _NUMBERED, _LETTERED, _SPELLED, _PUBLIC = range(6)  # how surely a part names a person
+_NOBODY, _WORD, _NUMBERED, _LETTERED, _SPELLED, _PUBLIC = range(6)  # how certainly a part names a person
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one part of a path says."""
+    """What one part of a path gives."""
 
     subject: str
     sureness: int
     session: str = ""
     otherwise: str = ""
-    fallback: str = ""  # what may be a name where nothing else is
+    fallback: str = ""  # may be a name where nothing else is
 
 
 def strip_ending(path: str) -> str:
@@ -72,7 +72,7 @@ def parse_pattern(text: str) -> str:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from error
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression ({error})") from error
     if not pattern.groups:
         raise argparse.ArgumentTypeError(f"{text} has no group; put the subject in parentheses, such as '(p[0-9]+)_'")
     return text
@@ -81,7 +81,7 @@ def parse_pattern(text: str) -> str:
 def identify(path: str, pattern: str | None = None) -> Identity | None:
     """Who is in this scan: a path below the folder searched, with `/`, or only a name, with an ending or without.
 
-    With a pattern, searched in the path, its group says it and nothing else does; None where it matches nothing.
+    With a pattern, searched in the path, only its group counts; None where it does not match.
     """
     parts = [part for part in strip_ending(path).split("/") if part]
     if any(re.fullmatch(r"images(?:tr|ts)", part, re.IGNORECASE) for part in parts):
@@ -118,7 +118,7 @@ def identify(path: str, pattern: str | None = None) -> Identity | None:
 
 
 def key_subject(subject: str) -> tuple[str, ...]:
-    """What two spellings of one person have in common: neither case, zero padding nor gaps tell people apart.
+    """The same key for all spellings of one person: case, zero padding and separators do not count.
 
     `OAS1_0001`, `oas1-1` and Clinica's `sub-OASIS10001` are one, so are `002_S_0295` and `sub-ADNI002S0295`.
     """
@@ -139,9 +139,9 @@ def unify(identities: list[Identity]) -> list[Identity]:
 
 
 def find_ambiguous(identities: list[Identity]) -> list[int]:
-    """Where another reading would join or part scans of this set: places in the list, in order.
+    """The indices of identities whose other reading would join or separate scans of this set, rising.
 
-    A subject that stands below two branches (`Utrecht/01`, `Singapore/01`) may be two people as well.
+    A subject below two branches (`Utrecht/01`, `Singapore/01`) may be two people as well.
     """
     keys = [key_subject(one.subject) for one in identities]
     others = [key_subject(one.otherwise) if one.otherwise else key for one, key in zip(identities, keys, strict=True)]
@@ -178,7 +178,7 @@ def _name_by_number(parts: list[str], readings: list[_Reading], session: str, fo
 
 
 def _choose(parts: list[str], readings: list[_Reading]) -> tuple[int | None, int | None, bool]:
-    """(the part that names the person, the part that may do so as well, whether that is rather a session)."""
+    """(the part that names the person, another that may, whether that one is more likely a session)."""
     last = len(parts) - 1
     named = [
         place
@@ -196,7 +196,7 @@ def _choose(parts: list[str], readings: list[_Reading]) -> tuple[int | None, int
     if surest >= _SPELLED:
         return best[-1], None, False
     if surest == _LETTERED:
-        if readings[best[-1]].subject[0] in "sS" and numbered[0] < best[-1]:  # `p7/s1`: s1 is rather a session
+        if readings[best[-1]].subject[0] in "sS" and numbered[0] < best[-1]:  # `p7/s1`: s1 is more likely a session
             return numbered[0], best[-1], True
         return best[-1], None, False
     if surest == _NUMBERED and (inner < last or numbered[0] < inner):
@@ -212,9 +212,9 @@ def _choose(parts: list[str], readings: list[_Reading]) -> tuple[int | None, int
     return inner, None, False
 
 
-@functools.lru_cache(maxsize=4096)  # folders stand in many paths
+@functools.lru_cache(maxsize=4096)  # folders are in many paths
 def _read(part: str) -> _Reading:
-    """What one part of a path says about person and session."""
+    """The person and session in one part of a path."""
     part = re.sub(r"\.long\..*", "", part)  # FreeSurfer's longitudinal folders: `p7_m12.long.p7_base`
     for pattern in KNOWN:
         match = pattern.search(part)
@@ -270,7 +270,7 @@ def _find_session(text: str) -> str:
 
 
 def _find_name(words: list[str]) -> tuple[list[int], int]:
-    """(places of the words that name the person, how surely), of words that nothing has set aside."""
+    """(places of the words that name the person, how certainly), of the words not set aside."""
     for sureness, person in ((_SPELLED, SPELLED_PERSON), (_LETTERED, LETTERED_PERSON)):
         for place, word in enumerate(words):
             match = person.fullmatch(word)

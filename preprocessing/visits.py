@@ -34,7 +34,7 @@ def read_subject_number(subject: str) -> str:
 
 
 def make_session_key(session: str) -> str:
-    """A session whatever its spelling, without the date that may stand beside it."""
+    """A session whatever its spelling, without a date beside it."""
     key = make_key(re.sub(r"_?(?:19|20)\d\d-\d\d-\d\d_?", "", session) or session)
     return "m-0" if key in ("bl", "baseline") else key
 
@@ -48,7 +48,7 @@ def is_same_session(one: str, other: str) -> bool:
 
 
 def is_comparable(one: str, other: str) -> bool:
-    """Whether two sessions are counted in one way, so that unequal ones are different: MR1 and MR2, not m12 and S7."""
+    """Whether two sessions use the same numbering, so that unequal ones differ: MR1 and MR2, not m12 and S7."""
     kinds = [_name_kind(session) for session in (one, other)]
     return bool(one and other) and (kinds[0] == kinds[1] or ("" in kinds and "date" not in kinds))
 

@@ -16,14 +16,14 @@ from scipy import ndimage
 from common.cli import DataError
 from preprocessing.images import read_image
 
-BRAIN_ML = (700, 2200)  # of a brain that is nearly grown; no adult's head is smaller
+BRAIN_ML = (700, 2200)  # of an adult's or older child's brain; every adult head is larger
 LARGEST_VALUE = 1e30  # beyond, and below its inverse, float32 has no room to calculate
-RINGING = 0.3  # of the highest values: as far as a spline's ringing reaches to the other side of the background
-FAINT = 0.02  # of the highest values: what a spline leaves of nothing
+RINGING = 0.3  # of the highest values: how far a spline's ringing goes beyond the background
+FAINT = 0.02  # of the highest values: what a spline leaves in empty voxels
 MOST_SAMPLES = 1 << 26  # of more voxels, a threshold is found from every second along each axis
 COARSE_MM = 3.0  # voxels that are fine enough to see a skull
 DARK = 0.1  # of Otsu's threshold: bone is, sulci are not
-NOISE = 0.15  # of what is no background: up to 0.06 is too dark to be tissue in brains, from 0.2 on in heads
+NOISE = 0.15  # share too dark for tissue of what is not background: up to 0.06 in brains, from 0.2 on in heads
 SHELL = (0.08, 0.25)  # of the radius: depth under the surface at which the skull lies
 DARK_SHELL = 0.003  # share in the median octant: up to 0.001 in 48 stripped brains, from 0.007 on in 49 of 50 heads
 
@@ -65,7 +65,9 @@ def read_volume(path: Path, axes: str | None = None, distrusted: str | None = No
             raise DataError(f"{path}: holds no finite value; convert it again from its source")
         largest = max(abs(float(values.max(where=finite, initial=0))), abs(float(values.min(where=finite, initial=0))))
         if largest and not 1 / LARGEST_VALUE <= largest <= LARGEST_VALUE:
-            raise DataError(f"{path}: its values go up to {largest:g}, which is no intensity; convert it again")
+            raise DataError(
+                f"{path}: its values go up to {largest:g}, out of the range of intensities; convert it again"
+            )
         if not finite.all():
             missing = ~finite
             values = np.where(finite, values, 0)
@@ -86,7 +88,7 @@ def find_brain(volume: Volume) -> tuple[np.ndarray, bool]:
 
     A skull-stripped scan has one constant outside, whatever its value, and what is left is no larger than a brain and
     has no dark shell. Otherwise the whole head is taken: what lies above half of Otsu's threshold over the lowest
-    value, closed and filled.
+    value, opened, closed and filled.
     """
     brain, box = _find_stripped_brain(volume)
     return (_find_head(volume.values.T, box).T, False) if brain is None else (brain.T, True)
@@ -149,7 +151,7 @@ def _thin_out(spacing_mm: tuple[float, float, float]) -> Box:
 def _has_skull(values: np.ndarray, background: float, inside: np.ndarray, spacing_mm: tuple) -> bool:
     """Whether a scan (Z, Y, X) that is no larger than a brain is a small head.
 
-    Noise stands around a head; and bone, nearly as dark as air, makes a shell under its surface in all directions.
+    A head is surrounded by noise, and bone, nearly as dark as air, forms a shell under its surface on all sides.
     """
     from skimage.filters import threshold_otsu  # imported here: scans with a brain mask do not need it
 

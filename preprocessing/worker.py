@@ -1,4 +1,4 @@
-"""What a worker does with one scan, on this machine or on another."""
+"""Preprocess one scan: what each worker runs, on this machine or another."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from preprocessing.scans import Scan, name_scan
 from preprocessing.store import LoadedScan, StoredScan, change_record, read_scan, withdraw, write_scan
 from preprocessing.volume import BRAIN_ML, Volume, find_brain, read_volume
 
-FORMAT = 3  # of what is written; raise it when the same scan would give other slices
-MASK_RULES = 2  # by which masks and brains are read; raise it when some scans would give other slices, but most not
+FORMAT = 3  # version of the slices; raise it when a scan would give other slices
+MASK_RULES = 2  # version of reading masks and finding brains; raise it when few scans would give other slices
 MOST_LESION = 0.5  # of the brain
-MOST_NAME_BYTES = 200  # a file system takes 255, and files that are made of a scan have longer names
-SPECK_ML = 1.0  # smaller stray pieces are not worth a word
+MOST_NAME_BYTES = 200  # file systems allow 255, and files made from a scan have longer names
+SPECK_ML = 1.0  # no warning of smaller stray pieces
 FOV_MM = {True: 200.0, False: 256.0}  # side of a slice, by whether the skull is off
 
 
@@ -44,9 +44,9 @@ class CutSettings:
 
 
 def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple[str, str]:
-    """Bring one scan from its file into the store. Returns ("done" | "unchanged" | "skipped", why it was skipped).
+    """Preprocess one scan into the store. Returns ("done" | "unchanged" | "skipped", why it was skipped).
 
-    Where its file can no longer be used, the slices that were made of it are taken out of the store.
+    Where its file can no longer be used, its old slices are withdrawn from the store.
     """
     folder = processed / scan.split / scan.label / scan.name
     if len(scan.name.encode()) > MOST_NAME_BYTES:
@@ -71,7 +71,7 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
             place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
             write_scan(folder, loaded.stack, lesion, record | made_with | place)
             return "done", ""
-        if old.record["source"] != str(scan.path):  # the whole folder was moved
+        if old.record["source"] != str(scan.path):  # the raw folder was moved
             change_record(folder, source=str(scan.path))
         return "unchanged", ""
     except OSError as error:
@@ -83,7 +83,7 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
 def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None) -> LoadedScan:
     """A scan straight from its file, cut as preprocessing cuts it. Raises DataError with the cure.
 
-    axes  where the stored axes point to, for a file whose header does not say; a header that does is believed
+    axes  where the stored axes point to, for a file whose header does not say; otherwise unused
     """
     try:
         loaded = _cut(path, _find_brain(path, brain_mask, settings), settings)
@@ -91,13 +91,13 @@ def cut_scan(path: Path, brain_mask: Path | None, settings: CutSettings, axes: s
         if axes is None:
             raise
         loaded = _cut(path, _find_brain(path, brain_mask, settings, axes), settings)
-        taken = f"its header does not give its orientation; {axes} is taken on trust"
+        taken = f"its header does not give its orientation; {axes} is assumed, as --axes says"
         loaded = replace(loaded, warnings=(taken, *loaded.warnings))
     return replace(loaded, hashes=(*loaded.hashes, hash_file(path)[:32]))
 
 
 def _find_old(folder: Path, made_with: dict) -> StoredScan | None:
-    """The scan as it stands in the store, if it was made with the same of the same files."""
+    """The scan in the store, if it was made from the same files with the same settings; else None."""
     try:
         old = read_scan(folder)
     except DataError:  # its record is bad, so it is made again
@@ -107,13 +107,13 @@ def _find_old(folder: Path, made_with: dict) -> StoredScan | None:
 
 
 def _withdraw(folder: Path) -> str:
-    """Take what was made of a file that is no good any more out of the store; returns words for the message."""
+    """Withdraw the slices of a file that can no longer be used; returns words for the message."""
     if not (folder / "scan.json").exists():
         return ""
     try:
-        return f"; its old slices are no longer used, they lie in {withdraw(folder)}"
+        return f"; its old slices were moved to {withdraw(folder)}"
     except OSError as error:
-        return f"; its old slices in {folder} cannot be moved away ({error.strerror}), delete them"
+        return f"; its old slices in {folder} cannot be moved ({error.strerror}); delete them"
 
 
 def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | None]:
@@ -121,8 +121,8 @@ def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | N
     found = _find_brain(scan.path, scan.brain_mask, settings, scan.axes, scan.distrusted)
     if scan.brain_mask and not BRAIN_ML[0] <= found.brain_ml <= BRAIN_ML[1]:
         raise DataError(
-            f"{scan.brain_mask}: of {found.brain_ml:.0f} ml, which no brain has ({BRAIN_ML[0]} to {BRAIN_ML[1]} "
-            "ml); make the mask again or take it away"
+            f"{scan.brain_mask}: has {found.brain_ml:.0f} ml, not the size of a brain ({BRAIN_ML[0]} to {BRAIN_ML[1]} "
+            "ml); make the mask again or remove it"
         )
     loaded = _cut(scan.path, found, settings)
     if not scan.lesion_mask:
@@ -136,7 +136,7 @@ def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | N
 
 
 class _Brain(NamedTuple):
-    """A volume, its brain (X, Y, Z) bool, whether the skull is off, and what was not plain, in words."""
+    """A volume, its brain (X, Y, Z) bool, whether it is skull-stripped, and warnings."""
 
     volume: Volume
     inside: np.ndarray
@@ -159,22 +159,22 @@ def _find_brain(
     else:
         inside, skull_off = find_brain(volume)
     if not inside.any():
-        raise DataError(f"{path}: is the same everywhere, no brain is seen; convert it again from its source")
+        raise DataError(f"{path}: is constant, so it shows no brain; convert it again from its source")
     inside, stray = drop_stray_pieces(inside)
     stray_ml = stray * np.prod(volume.spacing_mm) / 1000
     if stray_ml >= SPECK_ML:
-        warnings.append(f"pieces apart from the brain were dropped ({stray_ml:.3g} ml)")
+        warnings.append(f"pieces separate from the brain were dropped ({stray_ml:.3g} ml)")
     return _Brain(volume, inside, skull_off, warnings)
 
 
 def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
-    """The scan cut; one that lies oblique is brought to the anatomical axes first."""
+    """The scan, cut; an oblique one is resampled to the anatomical axes first."""
     volume, warnings, straight = found.volume, list(found.warnings), None
     cut_from = volume, found.inside
     if (tilt := measure_tilt(volume.affine)) > MOST_TILT_DEGREES:
         straight = StraightGrid.around(volume, found.inside)
         cut_from = straight.bring(volume, found.inside)
-        warnings.append(f"its axes are oblique, so it was resampled to the anatomical ones ({tilt:.0f} degrees)")
+        warnings.append(f"its axes are oblique, so it was resampled to the anatomical axes ({tilt:.0f} degrees)")
     fov_mm = settings.fov_mm or FOV_MM[found.skull_off]
     try:
         stack, geometry, scale = cut_stack(*cut_from, found.skull_off, settings.keep, settings.size, fov_mm)
@@ -198,22 +198,22 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
 
 
 def _read_lesion(scan: Scan, found: _Brain, settings: CutSettings) -> tuple[np.ndarray, list[str]]:
-    """(the scan's lesion mask, what is odd about it); DataError where it can be no lesion of this brain."""
+    """(the scan's lesion mask, warnings about it); DataError where it lies outside the brain."""
     mask, how = read_mask(scan.lesion_mask, found.volume, scan.axes, scan.distrusted, settings.lesion_labels)
     share = np.count_nonzero(mask & found.inside) / np.count_nonzero(found.inside)
     if not share:
         raise DataError(f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
     warnings = [f"its lesion mask: {how}"] if how else []
     if share > MOST_LESION:
-        warnings.append(f"its lesion mask covers most of the brain; is it one ({share:.0%})")
+        warnings.append(f"its lesion mask covers most of the brain; check it ({share:.0%})")
     return mask, warnings
 
 
 def _describe(scan: Scan, settings: CutSettings) -> dict:
-    """All that decides what is stored of a scan: where it is unchanged, so is the result."""
+    """Everything that decides a scan's slices: where it is unchanged, so are they."""
     sources = {}
     for path in (scan.path, scan.brain_mask, scan.lesion_mask):
-        if path:  # a mask may be called as its scan is, in another folder
+        if path:  # a mask in another folder may have its scan's name
             sources[str(path) if path.name in sources else path.name] = hash_file(path)
     return {
         "format": FORMAT,

@@ -286,7 +286,7 @@ def test_a_calibration_of_no_numbers_is_neither_written_nor_read(name, key, valu
     good = make_calibration([1.0, 2.0])
     values = torch.as_tensor(getattr(good, name)).clone()
     values.view(-1)[0] = value
-    words = f"the {name.replace('_', ' ')} of its calibration is not of finite numbers"
+    words = f"the {name.replace('_', ' ')} of its calibration is not finite"
     with pytest.raises(DataError, match=words):
         replace(good, **{name: values}).to_state()
     with pytest.raises(DataError, match=words):

@@ -104,7 +104,7 @@ def test_a_model_of_another_version_is_refused(tmp_path, content, change):
 def test_weights_that_are_no_numbers_are_refused(tmp_path, content, name, value):
     content["weights"][name].view(-1)[0] = value
     save_checkpoint(tmp_path / "model.pt", content)
-    with pytest.raises(DataError, match=r"model\.pt: holds weights that are not finite numbers; train again"):
+    with pytest.raises(DataError, match=r"model\.pt: holds weights that are not finite; train again"):
         load_model(tmp_path / "model.pt")
 
 

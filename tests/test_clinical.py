@@ -126,7 +126,7 @@ def test_tables_without_a_diagnosis_give_ages_and_sexes(tmp_path):
     scans = [make_scan("IXI002", name="IXI002-Guys-0828-T1"), make_scan("IXI012"), make_scan("IXI105")]
     assert read_facts(clinical, scans) == [(None, 35.8, "F"), (None, 38.78, "M"), (None, None, None)]
     assert clinical.find(make_scan("IXI106")) is None
-    assert clinical.describe() == ["table.csv: no column says who is normal; ages and sexes are taken from it"]
+    assert clinical.describe() == ["table.csv: no column gives a diagnosis; only ages and sexes are used"]
     miriad = "Label,Subject,Age\nmiriad_188_1_MR_1,miriad_188,76.6\nmiriad_188_2_MR_1,miriad_188,77.1\n"
     clinical = read_clinical(write(tmp_path, miriad), needs_labels=False)
     assert [clinical.find(make_scan("miriad_188", visit)).age for visit in ("01", "02")] == [76.6, 77.1]
@@ -135,7 +135,7 @@ def test_tables_without_a_diagnosis_give_ages_and_sexes(tmp_path):
 def test_two_labels_of_one_subject_are_named(tmp_path):
     text = "ID,Group\nsub-01,HC\nb,AD\nSUB_1,MCI\nb,dementia\nc,\nc,HC\n"
     with pytest.raises(
-        DataError, match=r"sub-01 stands twice, as HC on line 2 and as MCI on line 4; correct them.*session"
+        DataError, match=r"sub-01 appears twice, as HC on line 2 and as MCI on line 4; correct them.*session"
     ):
         read_clinical(write(tmp_path, text))
     clinical = read_clinical(write(tmp_path, text.replace("MCI", "control")))
@@ -195,7 +195,7 @@ def test_empty_cells_filled_with_zero_are_suspected(tmp_path, warnings):
     assert not warnings()
     filled = OASIS1.replace("21,,,,,", "21,,,,0,") + "OAS1_0005_MR1,M,R,18,,,,0,1737,0.848,1.01,\n"
     read_clinical(write(tmp_path, filled + "OAS1_0006_MR1,M,R,81,,,,0,1737,0.848,1.01,\n"))
-    assert "below 60 with CDR 0 and no MMSE: 2; nobody rated them" in warnings()
+    assert "below 60 with CDR 0 and no MMSE: 2; probably they were not rated" in warnings()
 
 
 def test_zeros_in_every_empty_cell_are_suspected_too(tmp_path, warnings):
@@ -212,7 +212,7 @@ def test_where_something_else_gives_the_labels_unknown_values_are_said_and_do_no
 def test_lines_that_name_nobody_are_said(tmp_path, warnings):
     clinical = read_clinical(write(tmp_path, "ID,Visit,Group\na,1,HC\n,2,AD\nb,1,HC\n"))
     assert read_labels(clinical) == {"a": "normal", "b": "normal"}
-    assert "name nobody and are not used: 1, the first is line 3" in warnings()
+    assert "without a name, which are not used: 1, the first is line 3" in warnings()
 
 
 def test_a_column_says_whose_scan_a_file_is(tmp_path):
@@ -236,5 +236,5 @@ def test_a_bare_number_that_may_be_two_subjects_is_refused(tmp_path):
     clinical = read_clinical(write(tmp_path, "ID,Group\n7,HC\n8,AD\n"))
     one = [make_scan("a07", "1"), make_scan("A7", "2"), make_scan("a8")]
     assert clinical.name_persons(one) == one
-    with pytest.raises(DataError, match="its 7 may be a07 or b7; write the subjects there as the scans are called"):
+    with pytest.raises(DataError, match="its 7 may be a07 or b7; write the subjects there as in the scans' names"):
         clinical.name_persons([*one, make_scan("b7")])

@@ -72,7 +72,7 @@ def test_the_tree_goes_before_the_table_and_must_not_contradict_it(tmp_path, cli
     ((labelled,), _) = label_scans([scan], clinical, None, None)
     assert (labelled.label, labelled.age) == ("abnormal", 21)
     assert label_scans([scan], None, "normal", None)[0][0].label == "abnormal"
-    with pytest.raises(DataError, match=r"is among the normal and is abnormal in .*a\.csv; move it"):
+    with pytest.raises(DataError, match=r"is in a folder of normal scans and is abnormal in .*a\.csv; move it"):
         label_scans([make_scan(tmp_path, "OAS1_0002", "MR1", "train", "normal")], clinical, None, None)
 
 
@@ -253,7 +253,7 @@ def test_no_scans_is_one_line(tmp_path):
         plan_tree(tmp_path)
     for name in ("x.nii", "x.nii.gz"):
         (tmp_path / "raw" / name).touch()
-    with pytest.raises(DataError, match=r"raw/x\.nii: .*raw/x\.nii\.gz would also be called x") as error:
+    with pytest.raises(DataError, match=r"raw/x\.nii: .*raw/x\.nii\.gz would have the same name, x") as error:
         plan_tree(tmp_path)
     assert "\n" not in str(error.value)
 

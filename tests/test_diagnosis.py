@@ -38,9 +38,7 @@ def test_words_for_patients(word, tmp_path):
 def test_other_values_are_asked(word, tmp_path):
     with pytest.raises(DataError, match=r"--normal-values VALUE \.\.\. and --abnormal-values VALUE") as error:
         read_clinical(write(tmp_path, f"ID,Group\na,{word}\nb,control\nc,patient\n"))
-    assert f"column Group has values of which nothing says whether they are normal: {word} (1 line);" in str(
-        error.value
-    )
+    assert f"column Group has values of unknown meaning: {word} (1 line);" in str(error.value)
 
 
 def test_values_that_are_not_known_are_listed_with_their_counts(tmp_path):
@@ -53,7 +51,7 @@ def test_values_that_are_not_known_are_listed_with_their_counts(tmp_path):
     many = "ID,Group\n" + "".join(f"{n},free text {n}\n" for n in range(400))
     with pytest.raises(DataError, match=r"\(1 line\) and 370 more; map") as error:
         read_clinical(write(tmp_path, many))
-    with pytest.raises(DataError, match=r"whether they are normal: a b c x{33}… \(1 line\)"):
+    with pytest.raises(DataError, match=r"of unknown meaning: a b c x{33}… \(1 line\)"):
         read_clinical(write(tmp_path, 'ID,Group\n1,"a\nb\tc ' + "x" * 80 + '"\n'))
 
 
@@ -79,7 +77,7 @@ def test_zero_is_healthy_only_beside_patients(tmp_path):
             read_clinical(write(tmp_path, f"ID,Group\na,0\nb,{others}\n"))
     path = write(tmp_path, "ID,Group\na,0\nb,1\n")
     assert read_labels(read_clinical(path, abnormal_values=["1"])) == {"a": "normal", "b": "abnormal"}
-    with pytest.raises(DataError, match=r"normal: 0 \(1 line\);"):
+    with pytest.raises(DataError, match=r"meaning: 0 \(1 line\);"):
         read_clinical(path, normal_values=["1"])
     assert read_labels(read_clinical(path, ["1"], ["0"])) == {"a": "abnormal", "b": "normal"}
 

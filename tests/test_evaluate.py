@@ -282,7 +282,7 @@ def test_a_bad_record_takes_only_itself_out(untrained, processed, tmp_path, caps
         assert evaluate(command) == 3
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
         assert len(err) == 1
-        assert err[0].startswith(f"skipped {bad / 'scan.json'}: is no record of a scan (axes is X")
+        assert err[0].startswith(f"skipped {bad / 'scan.json'}: is not a record of a scan (axes is X")
     assert read_metrics(tmp_path / "out")["counts"]["skipped"] == 1
     assert len(read_rows(tmp_path / "out/scans.csv")) == len(good) - 1
     assert not (tmp_path / "out/.evaluation.json").exists()

@@ -140,7 +140,7 @@ def test_calibration_shows_how_often_p_is_at_most_alpha():
     assert line.get_drawstyle() == "steps-post"
     assert find_line(axis, "2 normal slices").get_ydata()[-1] == 1
     assert set(find_line(axis, "asked: 0.05").get_xdata()) == {0.05}
-    np.testing.assert_allclose(find_line(axis, "as promised").get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(find_line(axis, "valid p-values").get_xydata(), [[0, 0], [1, 1]])
     band = axis.collections[0].get_paths()[0].vertices
     at = band[np.abs(band[:, 0] - 0.5) < 0.003][:, 1]
     assert {at.min(), at.max()} == {binom.ppf(q, 4, 0.5) / 4 for q in (0.025, 0.975)}

@@ -94,7 +94,7 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     with hold_folder(folder, "--run"):
         assert folder.is_dir()
         with (
-            pytest.raises(DataError, match=r"run: another process works in it; .* another --run"),
+            pytest.raises(DataError, match=r"run: another process is using it; .* another --run"),
             hold_folder(folder, "--run"),
         ):
             pass
@@ -148,7 +148,7 @@ def test_no_link_leads_a_write_outside(tmp_path):
     assert (outside / "kept").read_text() == "kept"
     (out / "maps").symlink_to(outside)
     for folder in (out / "maps", out / "maps/normal"):
-        with pytest.raises(DataError, match=r"a link leads out of .*out; take the link away"):
+        with pytest.raises(DataError, match=r"a link leads out of .*out; remove the link"):
             make_folder(folder, out)
     assert [path.name for path in outside.iterdir()] == ["kept"]
     (out / "real").mkdir()
@@ -176,7 +176,7 @@ def test_only_regular_files_are_opened(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         for name in ("fifo", "device", "socket", "."):
-            with pytest.raises(OSError, match="is no regular file"):
+            with pytest.raises(OSError, match="is not a regular file"):
                 open_regular(tmp_path / name)
     (tmp_path / "file").write_bytes(b"content")
     os.symlink("file", "link")

@@ -150,9 +150,7 @@ def test_localizers_are_no_scans_where_others_are():
 def test_a_mask_of_nobody_knows_what_is_left_out():
     found, left_out = arrange_folder(["images/p1.nii", "masks/p1.nii"], "t1")
     assert [one.path for one in found] == ["images/p1.nii"]
-    assert left_out == [
-        ("masks/p1.nii", "a mask, but its name does not say of what; call it p1_brain_mask or p1_lesion_mask")
-    ]
+    assert left_out == [("masks/p1.nii", "a mask of unknown kind; rename it to p1_brain_mask or p1_lesion_mask")]
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(DataError, match="no brain in the slices kept"):
         cut(values, low, keep=0.5, skull_off=False)
     missing = make_brain(SHAPE, (2, 3, 1), (4, 4, 2))
-    with pytest.raises(DataError, match="2 voxels of its brain are no finite number"):
+    with pytest.raises(DataError, match="2 voxels of its brain are not finite"):
         cut(values, BRAIN, missing=missing)
     cut(values, BRAIN, missing=~BRAIN)
 

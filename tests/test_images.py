@@ -247,7 +247,7 @@ def test_gzip_goes_by_its_name(tmp_path):
     content = (tmp_path / "a.nii").read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(content)
     (tmp_path / "c.nii").write_bytes(gzip.compress(content))
-    for name, words in (("b.nii.gz", "is not gzip, against its name"), ("c.nii", "is gzip, against its name")):
+    for name, words in (("b.nii.gz", "is not gzip, unlike its name"), ("c.nii", "is gzip, unlike its name")):
         with pytest.raises(DataError, match=words):
             read_image(tmp_path / name)
 
@@ -299,11 +299,11 @@ def test_a_matrix_of_spm_is_small(tmp_path):
     read_image(tmp_path / "a.img")
     with open(tmp_path / "a.mat", "ab") as file:
         file.truncate((1 << 16) + 1)
-    with pytest.raises(DataError, match=r"a\.mat: is no matrix of SPM's, which takes less than 64 kB; take it away"):
+    with pytest.raises(DataError, match=r"a\.mat: is not an SPM matrix, which takes less than 64 kB; remove it"):
         read_image(tmp_path / "a.img")
     (tmp_path / "a.mat").unlink()
     os.mkfifo(tmp_path / "a.mat")
-    with pytest.raises(DataError, match=r"a\.mat: is no matrix of SPM's"):
+    with pytest.raises(DataError, match=r"a\.mat: is not an SPM matrix"):
         read_image(tmp_path / "a.img")
 
 
@@ -312,7 +312,7 @@ def test_a_fifo_is_not_waited_for(name, tmp_path):
     nib.save(nib.AnalyzeImage(np.zeros((4, 4, 4), np.uint8), None), tmp_path / "a.img")
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_image(tmp_path / "a.img", axes="RAS")
 
 

@@ -75,7 +75,7 @@ def test_voxels_are_not_coarser_than_what_was_tried(predictor, spacing_mm, coars
 def test_a_brain_mask_has_the_volume_of_an_adult_brain(brain_ml, off, odd, tmp_path):
     predictor = make_predictor(tmp_path, slices=SETTINGS | {"skull_off": off})
     warnings = find_warnings(predictor, brain_ml=brain_ml, skull_off=off)
-    assert [f"brain mask of {brain_ml} ml is no adult brain's" in one for one in warnings] == [True] * odd
+    assert [f"brain mask has {brain_ml} ml, not the size of an adult brain" in one for one in warnings] == [True] * odd
 
 
 def test_the_contrast_is_that_of_healthy_scans(tmp_path):

@@ -46,7 +46,7 @@ WAIT = "print('ready', flush=True); [time.sleep(0.02) for _ in range(3000)]"
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_signal_is_one_line_and_code_130(where, number):
     code, err, _ = run(number=number, **{where: WAIT})
-    assert (code, err) == (130, "stopped; the same command goes on from what was saved\n")
+    assert (code, err) == (130, "stopped; run the same command again to resume\n")
 
 
 def test_a_second_signal_does_not_disturb_the_end_of_the_first():
@@ -67,7 +67,7 @@ def test_only_the_main_process_of_many_speaks():
         ("raise DataError('a.nii: is bad; copy it again')", 1, "a.nii: is bad; copy it again"),
         ("raise DataError('a\\n\\x1b[2J.nii: is bad')", 1, r"a\n\x1b[2J.nii: is bad"),
         ("raise OSError(28, 'No space left on device', '/o/a.png')", 1,
-         "/o/a.png: No space left on device; free some space; the same command goes on"),
+         "/o/a.png: No space left on device; free some space and run the same command again"),
         ("raise OSError(36, 'File name too long', '/o/a')", 1, "/o/a: File name too long; give it a shorter name"),
         ("raise MemoryError", 1, "not enough memory; close other programs, or use fewer --workers or a smaller "
          "--batch-size"),

@@ -123,10 +123,10 @@ def test_killed_at_sixty_random_points(start, raw, tmp_path):
 
 
 def test_the_second_in_a_folder_is_refused(processed, run, evaluation):
-    with hold_folder(run, "--run"), pytest.raises(DataError, match="another process works in it"):
+    with hold_folder(run, "--run"), pytest.raises(DataError, match="another process is using it"):
         training.main(["--data", str(processed), "--run", str(run), *TINY])
     out, command = evaluation
-    with hold_folder(out, "--out"), pytest.raises(DataError, match="another process works in it"):
+    with hold_folder(out, "--out"), pytest.raises(DataError, match="another process is using it"):
         evaluate(command)
 
 

@@ -54,7 +54,7 @@ def test_up_to_20_degrees_a_scan_is_cut_along_its_own_axes(tmp_path):
     for turn, oblique in ((19.9, False), (20.1, True)):
         loaded = cut_scan(save_head(tmp_path / "a.nii", (turn, 0, 0)), None, SETTINGS)
         assert (loaded.geometry.straight is not None) is oblique
-        text = "its axes are oblique, so it was resampled to the anatomical ones (20 degrees)"
+        text = "its axes are oblique, so it was resampled to the anatomical axes (20 degrees)"
         assert loaded.warnings == ((text,) if oblique else ())
         assert ("straight" in loaded.geometry.to_record()) is oblique
 

@@ -157,7 +157,7 @@ def test_a_map_of_no_numbers_is_no_verdict(tmp_path):
     with torch.no_grad():
         for values in predictor.model.parameters():
             values *= 1e30
-    with pytest.raises(DataError, match=r"a_T1w\.nii\.gz: its anomaly map is not of finite numbers"):
+    with pytest.raises(DataError, match=r"a_T1w\.nii\.gz: its anomaly map holds values that are not finite"):
         predictor.predict(make_scan(), baselines=False)
 
 

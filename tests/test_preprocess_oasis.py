@@ -203,7 +203,7 @@ def test_one_name_under_both_labels_is_two_scans(tree, capsys):
 def test_heads_with_and_without_skull_are_refused_and_do_not_mix(tree):
     large = nib.Nifti1Image(HEAD.get_fdata(), HEAD.affine @ np.diag([1.4, 1.4, 1.4, 1]))  # 3.4 l: no brain
     nib.save(large, tree / "raw/train/normal/skull_T1w.nii")
-    with pytest.raises(DataError, match=r"3 scans have their skull off and 1 do not.*skull_T1w$"):
+    with pytest.raises(DataError, match=r"3 scans lack the skull and 1 do not.*skull_T1w$"):
         run(tree / "raw", tree / "out")
     with pytest.raises(DataError, match="skull_off"):
         check_same_settings(list(list_scans(tree / "out")))
@@ -220,7 +220,7 @@ def test_abnormal_scans_without_a_lesion_mask_and_masks_without_a_scan_are_named
         assert run(tree / "raw", tree / "out", "--quiet", *dry) == 0
         err = capsys.readouterr().err
         assert "no lesion mask" not in err
-        assert "3 masks belong to no scan that can have them: a_lesion.nii, d_lesion.nii, odd.nii" in err
+        assert "3 masks belong to no scan, or to a normal one: a_lesion.nii, d_lesion.nii, odd.nii" in err
 
 
 def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, capsys):
@@ -235,7 +235,7 @@ def test_what_was_not_plain_in_a_scan_is_said_with_its_name_each_time(tree, caps
     for _ in range(2):
         assert run(tree / "raw", tree / "out", "--quiet") == 0
         err = capsys.readouterr().err.splitlines()
-        assert "2 scans: pieces apart from the brain were dropped: a_T1w (1.33 ml), b_T1w (1.33 ml)" in err
+        assert "2 scans: pieces separate from the brain were dropped: a_T1w (1.33 ml), b_T1w (1.33 ml)" in err
         assert "1 scans: its lesion mask: soft, and cut at one half: c_T1w (0 to 100, cut at 50)" in err
 
 
@@ -259,7 +259,7 @@ def test_lesion_labels_are_picked(tree, capsys):
 
 def test_the_second_process_in_a_store_is_refused(tree):
     with hold_folder(tree / "out", "--processed"):
-        with pytest.raises(DataError, match="another process works in it"):
+        with pytest.raises(DataError, match="another process is using it"):
             run(tree / "raw", tree / "out")
         assert run(tree / "raw", tree / "out", "--dry-run") == 0
 

@@ -61,7 +61,7 @@ def test_what_older_versions_did_not_write_may_be_missing(known, tmp_path):
 @pytest.mark.parametrize("key", BAD)
 def test_a_value_that_cannot_be_a_scans_is_named(key, tmp_path):
     for value in BAD[key]:
-        with pytest.raises(DataError, match=r"scan\.json: is no record of a scan .*delete the folder") as error:
+        with pytest.raises(DataError, match=r"scan\.json: is not a record of a scan .*delete the folder") as error:
             read_record(write(tmp_path, RECORD | {key: value}))
         words = str(error.value)
         assert "\n" not in words
@@ -86,11 +86,11 @@ def test_a_slice_lies_in_the_scan_whatever_the_order_of_its_axes(tmp_path):
 
 def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "scan.json")
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_record(tmp_path)
     (tmp_path / "scan.json").unlink()
     (tmp_path / "scan.json").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_record(tmp_path)
     (tmp_path / "scan.json").unlink()
     with pytest.raises(FileNotFoundError):

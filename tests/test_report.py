@@ -151,7 +151,10 @@ def test_rows_stand_by_falling_score(tmp_path):
 def test_abnormal_scans_without_a_lesion_mask_are_named_before_the_figures(tmp_path):
     scans = [make_row(f"p{i}", 1.0, "abnormal", lesion_known=i > 13) for i in range(15)]
     page = make_page(tmp_path, scans)
-    assert "14 abnormal scans have no lesion mask, so they count in no figure of voxels or slices: p0, p1," in page.text
+    assert (
+        "14 abnormal scans have no lesion mask and count for scan figures only, not slices and voxels: p0, p1,"
+        in page.text
+    )
     assert "p11 and 2 more." in page.text
     assert "no lesion mask" not in make_page(tmp_path, scans[14:]).text
 

@@ -46,10 +46,10 @@ def test_a_bad_mask_skips_its_scan(which, change, words, scan):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda brain: brain | True, "of 5407 ml, which no brain has (700 to 2200 ml)"),
-        (lambda brain: ~brain, "which no brain has"),
-        (lambda brain: brain & (np.indices(brain.shape)[0] < 10), "which no brain has"),
-        (lambda brain: np.indices(brain.shape).max(0) < 4, "of 33 ml, which no brain has"),
+        (lambda brain: brain | True, "has 5407 ml, not the size of a brain (700 to 2200 ml)"),
+        (lambda brain: ~brain, "not the size of a brain"),
+        (lambda brain: brain & (np.indices(brain.shape)[0] < 10), "not the size of a brain"),
+        (lambda brain: np.indices(brain.shape).max(0) < 4, "has 33 ml, not the size of a brain"),
     ],
 )
 def test_a_brain_mask_of_no_brains_volume_skips_its_scan(change, words, scan):
@@ -82,7 +82,7 @@ def test_stray_pieces_are_dropped_and_said(scan):
     for one in (scan, replace(scan, path=save(values, scan.path.with_name("b.nii")), name="b", brain_mask=None)):
         assert run(one) == ("done", "")
         np.testing.assert_array_equal(read(one).read_stack(), wanted.read_stack())
-        assert read(one).record["warnings"] == ["pieces apart from the brain were dropped (6.14 ml)"]
+        assert read(one).record["warnings"] == ["pieces separate from the brain were dropped (6.14 ml)"]
         assert read(one).load().warnings == tuple(read(one).record["warnings"])
 
 
@@ -93,7 +93,7 @@ def test_a_lesion_mask_lies_in_the_brain_and_is_not_most_of_it(scan):
     assert run(scan) == ("skipped", f"{scan.lesion_mask}: lies outside the brain; give the mask of this scan")
     save((HEAD.get_fdata() > 0).astype(np.uint8), scan.lesion_mask)
     assert run(scan) == ("done", "")
-    assert read(scan).record["warnings"] == ["its lesion mask covers most of the brain; is it one (100%)"]
+    assert read(scan).record["warnings"] == ["its lesion mask covers most of the brain; check it (100%)"]
 
 
 def test_the_labels_that_are_lesion_are_picked_and_counted_anew(scan):

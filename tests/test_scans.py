@@ -51,7 +51,7 @@ def test_a_tree_gives_split_and_label_and_masks_beside_it(tmp_path):
     assert found.refused == []
     assert found.left_out == [
         (str(tmp_path / "test/masks/c_lesion.nii.gz"), "a lesion mask, but its scan is normal"),
-        (str(tmp_path / "test/masks/gone_lesion.nii"), "a mask of no scan here"),
+        (str(tmp_path / "test/masks/gone_lesion.nii"), "a mask without a scan"),
     ]
 
 
@@ -125,8 +125,8 @@ def test_scans_that_would_share_a_name_are_refused_and_name_each_other(tmp_path)
     assert [(scan.split, scan.name) for scan in found.scans] == [("val", "x_T1w")], "another split is another folder"
     a, b = (str(tmp_path / "train/normal" / folder / "x_T1w.nii") for folder in ("a", "b"))
     assert found.refused == [
-        (a, f"{a}: {b} would also be called x_T1w; rename one of them"),
-        (b, f"{b}: {a} would also be called x_T1w; rename one of them"),
+        (a, f"{a}: {b} would have the same name, x_T1w; rename one of them"),
+        (b, f"{b}: {a} would have the same name, x_T1w; rename one of them"),
     ]
 
 
@@ -181,7 +181,7 @@ def test_fifos_devices_and_sockets_are_passed_over_and_said(tmp_path, monkeypatc
         found = search(tmp_path)
     assert [scan.name for scan in found.scans] == ["a", "link", "lost"], "a lost file is missed when it is read"
     special = [str(folder / name) for name in ("device.nii.gz", "fifo.nii", "socket.img")]
-    assert found.left_out == [(path, "no regular file") for path in special]
+    assert found.left_out == [(path, "not a regular file") for path in special]
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_counts(tmp_path, monkeypatch):

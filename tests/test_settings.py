@@ -52,9 +52,9 @@ def test_a_record_is_a_file_of_flags(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sead: 3", "sead is no flag; there are data, dry_run"),
-        ("help: 3", "help is no flag"),
-        ("- data", "maps no flags to values"),
+        ("sead: 3", "sead is not a flag; the flags are data, dry_run"),
+        ("help: 3", "help is not a flag"),
+        ("- data", "holds no flags"),
         ("a: [", "cannot be read as YAML or JSON"),
         ("model: unet", "invalid choice"),
     ],
@@ -149,4 +149,4 @@ def test_a_config_that_is_no_file_or_a_huge_one_is_wrong_usage(tmp_path, capsys)
         with pytest.raises(SystemExit) as stop:
             parse_flags(make_parser(), ["--config", str(tmp_path / name)])
         assert stop.value.code == 2
-        assert "no file, or one of more than 1 MB" in capsys.readouterr().err
+        assert "not a file, or larger than 1 MB" in capsys.readouterr().err

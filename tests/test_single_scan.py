@@ -125,13 +125,13 @@ def test_warnings_come_before_the_verdict_and_are_said_even_where_the_rest_is_si
     nib.save(head, folder / "head_T1w.nii.gz")
     assert run_scan(folder, "--axes", "RAS") == 0
     out = capsys.readouterr().out
-    assert out.index("RAS is taken on trust") < out.index("at a false-positive rate of")
+    assert out.index("RAS is assumed, as --axes says") < out.index("at a false-positive rate of")
     assert run_scan(folder, "--axes", "RAS", "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "RAS is taken on trust" in captured.err
+    assert "RAS is assumed, as --axes says" in captured.err
     found = run_json(folder, capsys, "--axes", "RAS")["scans"][0]
-    assert "RAS is taken on trust" in found["unlike_training"][0]
+    assert "RAS is assumed, as --axes says" in found["unlike_training"][0]
 
 
 def test_several_scans_a_bad_one_among_them(folder, capsys):
@@ -297,7 +297,7 @@ def test_what_is_no_file_is_not_waited_for(folder):
     os.mkfifo(folder / "fifo.nii")
     (folder / "zero.nii").symlink_to("/dev/zero")
     for name in ("fifo.nii", "zero.nii"):
-        with pytest.raises(DataError, match=rf"{name}: is no regular file"):
+        with pytest.raises(DataError, match=rf"{name}: is not a regular file"):
             run_scan(folder, scan=name)
 
 

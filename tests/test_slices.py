@@ -46,7 +46,7 @@ def test_values_that_are_none_of_a_slice_are_refused_by_name(value, tmp_path):
     values = np.zeros((4, 4), np.float16)
     values[1, 2] = value
     np.save(tmp_path / "a.npy", values)
-    with pytest.raises(DataError, match=r"a\.npy: holds values that do not lie from 0 to 1"):
+    with pytest.raises(DataError, match=r"a\.npy: holds values outside 0 to 1"):
         read_slice(tmp_path / "a.npy", 4)
 
 

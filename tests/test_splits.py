@@ -176,4 +176,4 @@ def test_values_of_the_table_are_mapped_by_flags_which_need_a_table(discs, capsy
     assert "  test/abnormal: 4 scans of 2 subjects" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(discs / "raw", discs / "out", "--label", "normal", "--normal-values", "A")
-    assert "give it with --clinical" in capsys.readouterr().err
+    assert "need a table; give --clinical" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_the_same_table_however_it_is_written(name, content, tmp_path):
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"b\.csv: no such file"):
         read_clinical(tmp_path / "b.csv")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         read_clinical(tmp_path)
 
 

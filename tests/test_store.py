@@ -119,7 +119,7 @@ def test_a_lesion_is_all_false_in_a_normal_scan_and_unknown_without_a_mask(tmp_p
 def test_a_scan_written_again_replaces_all_of_the_old_one(tmp_path):
     put(tmp_path)
     put(tmp_path, "test/normal/a_T1w", lesion=None)
-    assert (tmp_path / "test/masks/a_T1w").is_dir(), "a normal scan of that name has no say in it"
+    assert (tmp_path / "test/masks/a_T1w").is_dir(), "a normal scan of that name does not own it"
     scan = put(tmp_path, stack=STACK[:2], lesion=None, slices=[3, 4], lesion_voxels=[0, 1])
     assert sorted(path.name for path in scan.folder.iterdir()) == ["scan.json", "slice_003.npy", "slice_004.npy"]
     assert scan.read_lesion() is None
@@ -253,7 +253,7 @@ def test_a_bad_record_takes_only_itself_out(tmp_path):
     assert [scan.name for scan in list_scans(tmp_path, refused)] == ["a", "c"]
     (error,) = refused
     assert str(tmp_path / "train/normal/b/scan.json") in str(error)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_slice(tmp_path / "train/normal/c/slice_000.npy", 16)
 
 
@@ -262,7 +262,7 @@ def test_a_bad_record_is_named_in_a_warning_where_nobody_asks(tmp_path, capsys):
     put(tmp_path, "train/normal/a", lesion=None)
     (tmp_path / "train/normal/a/scan.json").write_text("{}")
     assert list(list_scans(tmp_path)) == []
-    assert capsys.readouterr().err.startswith(f"skipped {tmp_path}/train/normal/a/scan.json: is no record of a scan")
+    assert capsys.readouterr().err.startswith(f"skipped {tmp_path}/train/normal/a/scan.json: is not a record of a scan")
 
 
 def test_a_withdrawn_scan_is_out_of_the_store_and_not_lost(tmp_path):

@@ -306,7 +306,7 @@ def test_a_pattern_overrules():
     pattern = parse_pattern(r"(?P<session>[a-z]+)/(?P<subject>\w+)\.nii")
     assert identify("early/OAS1_0001.nii.gz", pattern) == Identity("OAS1_0001", "early")
     assert not identify("p7_2.nii", parse_pattern(r"(p\d)")).ambiguous
-    for wrong, why in (("p7", "no group"), ("(p7", "no regular expression")):
+    for wrong, why in (("p7", "no group"), ("(p7", "not a regular expression")):
         with pytest.raises(argparse.ArgumentTypeError, match=why):
             parse_pattern(wrong)
 

@@ -47,7 +47,7 @@ def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         training.main(command)
     assert stop.value.code == 130
-    assert "stopped at step 7 of 12; the same command goes on" in capsys.readouterr().err
+    assert "stopped at step 7 of 12; run the same command again to resume" in capsys.readouterr().err
     assert not (tmp_path / "run/model.pt").exists()
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert training.main(command) == 0
@@ -111,7 +111,7 @@ def test_abnormal_training_scans_are_refused(processed, tmp_path):
     shutil.copytree(processed, tmp_path / "data")
     scan = next((tmp_path / "data/test/abnormal").iterdir())
     shutil.move(scan, tmp_path / "data/train/abnormal" / scan.name)
-    with pytest.raises(DataError, match="an abnormal scan among the training scans"):
+    with pytest.raises(DataError, match="is abnormal, but among the training scans"):
         training.main(["--data", str(tmp_path / "data"), "--run", str(tmp_path / "run"), *TINY])
     assert not (tmp_path / "run").exists()
 
@@ -191,7 +191,9 @@ def test_a_bad_record_takes_only_itself_out_of_training(processed, tmp_path, cap
 def test_a_state_that_is_none_is_one_line(content, processed, tmp_path):
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run/last.pt", content)
-    with pytest.raises(DataError, match=r"last\.pt: holds no state of a training run|was trained with other settings"):
+    with pytest.raises(
+        DataError, match=r"last\.pt: is not the state of a training run|was trained with other settings"
+    ):
         training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY])
 
 
@@ -202,7 +204,7 @@ def test_a_state_without_its_parts_is_one_line(processed, run, tmp_path):
     for key, value in (("optimiser", {}), ("model", {"a": 1}), ("rows", None), ("best", None)):
         broken = state | {key: value} if value is not None else {k: v for k, v in state.items() if k != key}
         save_checkpoint(tmp_path / "run/last.pt", broken)
-        with pytest.raises(DataError, match=r"last\.pt: holds no state of a training run; delete it"):
+        with pytest.raises(DataError, match=r"last\.pt: is not the state of a training run; delete it"):
             training.main(["--data", str(processed), "--run", str(tmp_path / "run"), *TINY])
 
 

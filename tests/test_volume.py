@@ -248,7 +248,7 @@ def test_noise_around_it_makes_a_head_where_bone_is_not_dark():
 def test_values_out_of_float32_are_named(factor, tmp_path):
     head = make_head((10, 12, 11), (16.0, 16.0, 16.0))
     nib.save(nib.Nifti1Image(head.get_fdata() * factor, head.affine), tmp_path / "a.nii")
-    with pytest.raises(DataError, match=r"a\.nii: its values go up to .*, which is no intensity"):
+    with pytest.raises(DataError, match=r"a\.nii: its values go up to .*, out of the range of intensities"):
         read_volume(tmp_path / "a.nii")
 
 

@@ -28,13 +28,14 @@ def test_a_scan_that_was_withdrawn_is_said_and_out_of_use(tree, capsys):
     capsys.readouterr()
     assert run(tree / "raw", tree / "out", "--dry-run") == 0
     assert (
-        f"would take {tree}/out/train/normal/gone_T1w out of use: {gone} is no longer taken" in capsys.readouterr().err
+        f"would withdraw {tree}/out/train/normal/gone_T1w: {gone} is no longer among the scans"
+        in capsys.readouterr().err
     )
     assert "gone_T1w" in read_places(tree / "out")
     assert run(tree / "raw", tree / "out") == 0
     place = tree / "out/.withdrawn/train/normal/gone_T1w"
     assert capsys.readouterr().err.splitlines() == [
-        f"{gone}: is no longer taken; its slices are out of use, they lie in {place}"
+        f"{gone}: is no longer among the scans; its slices were moved to {place}"
     ]
     assert read_places(tree / "out") == {"a_T1w": "train/normal", "b_T1w": "val/normal", "c_T1w": "test/abnormal"}
     assert read_record(tree / "out")["scans"]["train/normal"] == 1

@@ -138,7 +138,7 @@ def test_a_scan_is_skipped_in_one_line_that_names_the_file(scan, tmp_path, monke
     gone = replace(scan, path=tmp_path / "gone.nii")
     wrong_mask = replace(scan, lesion_mask=save(np.zeros(HEAD.shape, np.uint8), tmp_path / "m.nii"))
     for one, words in (
-        (flat, "flat.nii: is the same everywhere"),
+        (flat, "flat.nii: is constant"),
         (in_brain, "b.nii: is constant inside the brain"),
         (gone, "gone.nii: cannot be read (No such file or directory); copy it again"),
         (wrong_mask, "m.nii: is empty"),
@@ -188,7 +188,7 @@ def test_axes_are_taken_on_trust_only_where_the_header_is_silent(scan, tmp_path)
     with pytest.raises(DataError, match="--axes"):
         cut_scan(silent, None, SETTINGS)
     loaded = cut_scan(silent, None, SETTINGS, axes="PSR")
-    assert loaded.warnings == ("its header does not give its orientation; PSR is taken on trust",)
+    assert loaded.warnings == ("its header does not give its orientation; PSR is assumed, as --axes says",)
     assert loaded.geometry.axes == "PSR"
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_other_scans_and_nothing_half_written(scan, monke
     monkeypatch.setattr(Path, "write_bytes", fill_up)
     state, why = run(other)
     assert state == "skipped"
-    assert "b_T1w: cannot be written (No space left on device; free some space; the same command goes on)" in why
+    assert "b_T1w: cannot be written (No space left on device; free some space and run the same command again)" in why
     out = scan.path.parent / "out/test"
     assert [path.name for path in (out / "abnormal").iterdir()] == ["a_T1w"]
     assert [path.name for path in (out / "masks").iterdir()] == ["a_T1w"]
@@ -239,7 +239,7 @@ def test_a_scan_that_was_damaged_is_said_and_out_of_use(scan):
     assert state == "skipped"
     assert f"{scan.path}: is truncated" in why
     place = folder.parents[2] / ".withdrawn/test/abnormal/a_T1w"
-    assert why.endswith(f"; its old slices are no longer used, they lie in {place}")
+    assert why.endswith(f"; its old slices were moved to {place}")
     assert not folder.exists()
     assert (place / "scan.json").exists()
     assert run(scan)[1].endswith("copy it again"), "said once"

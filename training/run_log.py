@@ -1,4 +1,4 @@
-"""What a run shows of itself: log.csv, curves.png and reconstructions.png, and the events of TensorBoard."""
+"""The outputs that show a run's progress: log.csv, curves.png, reconstructions.png and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slic
 
 
 class RunLog:
-    """The log of a run's epochs. `rows` are those that a resumed run has already; the log adds to that list.
+    """The log of a run's epochs. `rows` are the Trainer's own, those of a resumed run included.
 
     A row has the values of LOG_COLUMNS. Losses are mean squared errors in the brain, of values in [0, 1].
     """
@@ -36,7 +36,7 @@ class RunLog:
         self.board.close()
 
     def add_epoch(self, pictures: dict[str, np.ndarray]) -> None:
-        """Write what the last row says, and its pictures {title: (n, H, W)} as rows of one image."""
+        """Write the last row, and its pictures {title: (n, H, W)} as rows of one image."""
         row = self.rows[-1]
         self._show_losses(row)
         image = np.concatenate([np.concatenate(slices[:, ::-1], axis=1) for slices in pictures.values()])

@@ -1,8 +1,8 @@
 """Train an autoencoder on the slices of healthy scans.
 
-Reads `<data>/train/normal` and `<data>/val/normal` of each --data as preprocess_oasis.py wrote them; without the latter
-it sets some subjects of train aside. Writes a run folder: the model, its log, curves and reconstructions. The same
-command again goes on where it was stopped.
+Reads `<data>/train/normal` and `<data>/val/normal` of each --data as preprocess_oasis.py wrote them; without the latter,
+some subjects of train are set aside. Writes a run folder: the model, its log, curves and reconstructions. The same
+command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
-NO_STATE = "holds no state of a training run; delete it to train again"
+NO_STATE = "is not the state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
@@ -74,11 +74,11 @@ def find_training_scans(
 def split_scans(data: Path, val_fraction: float, seed: int) -> dict[str, list[StoredScan]]:
     """The scans to train on, validate with and test on later in one folder of the store, no subject on two sides.
 
-    val_fraction and seed say which subjects are set aside where the store holds no validation scans.
+    val_fraction and seed choose the subjects set aside where the store holds no validation scans.
     """
     abnormal = next(list_scans(data / "train" / "abnormal"), None)
     if abnormal:
-        raise DataError(f"{abnormal.folder}: an abnormal scan among the training scans; move it to {data / 'test'}")
+        raise DataError(f"{abnormal.folder}: is abnormal, but among the training scans; move it to {data / 'test'}")
     train = list(list_scans(data / "train" / "normal"))
     if not train:
         raise DataError(f"{data / 'train' / 'normal'}: no slices; run preprocessing/preprocess_oasis.py first")
@@ -86,7 +86,7 @@ def split_scans(data: Path, val_fraction: float, seed: int) -> dict[str, list[St
     if not validation:
         subjects = sorted({key_subject(scan.subject): scan.subject for scan in train}.values())  # each in one spelling
         if len(subjects) < 2:
-            raise DataError(f"{data / 'train'}: only one subject; add scans of others, one is needed for validation")
+            raise DataError(f"{data / 'train'}: only one subject; add another, since one is needed for validation")
         count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
         held_out = {key_subject(subject) for subject in np.random.default_rng(seed).permutation(subjects)[:count]}
         validation = [scan for scan in train if key_subject(scan.subject) in held_out]
@@ -102,7 +102,7 @@ def list_subjects(scans: list[StoredScan], by_folder: bool) -> list[str]:
 
 
 def read_commit() -> str:
-    """The checkout's commit, "-dirty" behind it where files differ from it; "" outside a git checkout."""
+    """The checkout's commit, with "-dirty" where files differ from it; "" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
@@ -126,7 +126,7 @@ def load_state(run: Path, config: dict) -> dict | None:
 
 
 def settle_precision(asked: str, state: dict | None, device: torch.device) -> str:
-    """bf16 or fp32: as asked for, as the run began, or as is faster on this device."""
+    """bf16 or fp32: as asked, as the run began, or what is faster on this device."""
     if state:
         precision, why = state["config"]["precision"], "as this run began"
     elif asked == "auto":
@@ -138,7 +138,7 @@ def settle_precision(asked: str, state: dict | None, device: torch.device) -> st
 
 
 def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
-    """Train one run to its end, from the start or from where it was."""
+    """Train one run to its end, from the start or from its last saved step."""
     run = args.run
     scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
     size = config["network"]["size"] = scans[0][0].size
@@ -164,10 +164,10 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
             trainer.fit()
             if distributed.is_main():
                 trainer.finish()
-        except OSError as error:  # those of reading name their file and are DataErrors
+        except OSError as error:  # of writing: those of reading are DataErrors
             raise DataError(
-                f"{error.filename or run}: cannot be written ({explain(error)}); last.pt is whole where there is one, "
-                "or give another --run"
+                f"{error.filename or run}: cannot be written ({explain(error)}); last.pt is whole if there is one; "
+                "free space or give another --run"
             ) from error
         best = trainer.best
         log.info("best validation loss %.6f at step %d; model in %s", best["val_loss"], best["step"], run / "model.pt")
@@ -219,9 +219,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=bounded(above=0), default=1e-3, help="peak learning rate of Adam")
     share = bounded(above=0, below=1)
     parser.add_argument(
-        "--val-fraction", type=share, default=0.1, help="share of subjects set aside without val/normal"
+        "--val-fraction", type=share, default=0.1, help="share of subjects set aside where there is no val/normal"
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of weights, batches and corruption")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of weights, batches and corruption")
     add_device_flag(parser)
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is measured faster"
@@ -229,20 +229,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--in-memory",
         action=argparse.BooleanOptionalAction,
-        help="hold the slices in memory, or read them from disk ahead of need; left out: in memory where they fit",
+        help="hold the slices in memory, or read them from disk; left out: in memory where they fit",
     )
     parser.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="the same bytes each time on a GPU too, somewhat slower; on a CPU it is always so",
+        help="give the same bytes each time on a GPU too, somewhat slower; on a CPU this is always so",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     return parser
 
 
 def configure(args: argparse.Namespace, device: torch.device) -> dict:
-    """What decides the result of a run; its subjects and the size of its slices are added when they are known."""
+    """Everything that decides a run's result; its subjects and slice size are added once known."""
     width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     with distributed.join(device) as device:
         if args.batch_size < distributed.world_size():
-            raise DataError(f"--batch-size {args.batch_size} is less than a slice for each process; raise it")
+            raise DataError(f"--batch-size {args.batch_size} is less than one slice a process; raise it")
         torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

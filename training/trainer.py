@@ -131,7 +131,7 @@ class Trainer:
         return distributed.all_reduce(total).item() / count
 
     def fit(self) -> None:
-        """Train to the last step: last.pt is saved now and then, the log written after each epoch.
+        """Train to the last step: last.pt is saved each epoch and each minute, the log each epoch.
 
         SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is not a number raises
         DataError.
@@ -170,7 +170,7 @@ class Trainer:
         return RunLog(self.run, self.rows) if distributed.is_main() else contextlib.nullcontext()
 
     def read_losses(self) -> float:
-        """Add the losses of the last steps to the epoch's sum, and return the last; DataError if one is no number."""
+        """Add the losses of the last steps to the epoch's sum, and return the last; DataError if one is not finite."""
         losses = torch.stack(self.unread_losses).tolist() if self.unread_losses else [0.0]
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -187,7 +187,9 @@ class Trainer:
         """Save, and end the program as one that was interrupted."""
         self.save()
         if distributed.is_main():
-            log.warning("stopped at step %d of %d; the same command goes on", self.step, self.config["steps"])
+            log.warning(
+                "stopped at step %d of %d; run the same command again to resume", self.step, self.config["steps"]
+            )
         sys.exit(130)
 
     def end_epoch(self, run_log: RunLog | None, slices_per_s: float) -> None:
