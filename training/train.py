@@ -1,8 +1,8 @@
 """Train an autoencoder on the slices of healthy scans.
 
-Reads `<data>/train/normal` and `<data>/val/normal` of each --data as preprocess_oasis.py wrote them; without the latter,
-some subjects of train are set aside. Writes a run folder: the model, its log, curves and reconstructions. The same
-command resumes an interrupted run.
+Reads `<data>/train/normal` and `<data>/val/normal` of each --data as preprocess_oasis.py wrote them; without the
+latter, some subjects of train are set aside. Writes a run folder: the model, its log, curves and reconstructions. The
+same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
     size = config["network"]["size"] = scans[0][0].size
     if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
-        raise DataError(f"--depth {config['network']['depth']}: slices of {size} pixels are no multiple of {coarsest}")
+        raise DataError(
+            f"--depth {config['network']['depth']}: {size} pixels, the side of a slice, is not a multiple of {coarsest}"
+        )
     config["train_subjects"], config["val_subjects"] = (
         list_subjects(part, by_folder=len(args.data) > 1) for part in scans
     )
