@@ -63,7 +63,7 @@ class OurTraining(Trainer):
     def make_pair(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return choose_pair(self.name, clean, seed_generator(self.device, 0, self.step))
 
-    def train(self, steps: int) -> None:
+    def take_steps(self, steps: int) -> None:
         for _ in range(steps):
             self.unread_losses.append(self.train_step(next(self.batches)))
             if self.step % READ_LOSSES_EVERY == 0:
@@ -129,7 +129,7 @@ def train_ours(steps: int, precision: str, folder: Path, batch_size: int, in_mem
     if not _kept:
         keep_freed_memory()
         _kept["ours"] = OurTraining("dae", precision, list(list_scans(folder)), batch_size, in_memory)
-    _kept["ours"].train(steps)
+    _kept["ours"].take_steps(steps)
 
 
 def evaluate_plainly(scan: StoredScan, calibration: Calibration) -> None:
@@ -169,7 +169,9 @@ def make_store(folder: Path, scans: int, slices: int, size: int) -> list[StoredS
     for number in range(scans):
         values = 0.5 + 0.2 * np.sin(rows / 5) * np.cos(columns / 6) + 0.05 * rng.normal(size=(slices, size, size))
         stack = np.where(np.hypot(rows, columns) < 0.4 * size, values.clip(0.01, 1), 0).astype(np.float16)
-        record = {"subject": str(number)} | geometry.to_record()
+        source = f"{number}_T1w.nii"
+        record = {"subject": str(number), "source": source, "sources": {source: f"{number:064d}"}}
+        record |= {"format": 3, "keep": 1.0, "skull_off": True, "scale": [0, 1, 1]} | geometry.to_record()
         write_scan(folder / "train" / "normal" / f"{number}_T1w", stack, None, record)
     return list(list_scans(folder))
 
@@ -185,7 +187,7 @@ def compare_training(args: argparse.Namespace, precision: str, folder: Path, sca
     slices, elsewhere, figures = args.steps * args.batch_size, Elsewhere(), {}
     for name in args.models:
         ours = {kind: OurTraining(name, kind, scans, args.batch_size) for kind in dict.fromkeys((precision, "fp32"))}
-        works = {kind: lambda work=work: work.train(args.steps) for kind, work in ours.items()}
+        works = {kind: lambda work=work: work.take_steps(args.steps) for kind, work in ours.items()}
         works["plain"] = elsewhere(train_plainly, args.steps, name, folder, args.batch_size)
         if name == "dae":
             works["unet"] = elsewhere(train_plainly, args.steps, "unet", folder, args.batch_size)

@@ -91,7 +91,8 @@ def _list_orientations(scan: LoadedScan, keep: float) -> Iterator[tuple[str, np.
     ones.
     """
     size, (slice_mm, pixel_mm) = scan.geometry.size, scan.geometry.sampling_mm
-    brain = ndimage.zoom(scan.stack.astype(np.float32), (slice_mm / pixel_mm, 1, 1), order=1)
+    planes = max(1, round(len(scan.stack) * slice_mm / pixel_mm))  # a stack of a few thin slices is not lost
+    brain = ndimage.zoom(scan.stack.astype(np.float32), (planes / len(scan.stack), 1, 1), order=1)
     brain = brain[find_box((brain > 0).T)]
     for order_words, order in ORDERS.items():
         turned = brain.transpose(order)
@@ -115,5 +116,5 @@ def _centre(length: int, size: int) -> tuple[slice, slice]:
 def _measure_deviation(stack: np.ndarray, sampling_mm: tuple[float, float], predictor: Predictor) -> float:
     """The median over a stack's brain of how many standard deviations its intensity is from healthy scans' there."""
     calibration = predictor.calibration
-    values = torch.from_numpy(np.ascontiguousarray(stack)).to(calibration.intensity.device)
+    values = torch.from_numpy(stack.copy()).to(calibration.intensity.device)  # flipped axes have negative strides
     return float(map_deviation(values, sampling_mm, calibration).nanmedian())

@@ -144,13 +144,12 @@ class Geometry:
             )
             for axis in (0, 1)
         )
-        share = _apply(scored.astype(np.float32), rows, columns)
-        values = _apply(np.where(scored, stack, 0).astype(np.float32), rows, columns)
         canonical = np.full(shape, np.nan, dtype=np.float32)
-        # A brain voxel at the rim takes the value of the brain pixels beside it, so a small share is enough.
-        canonical[:, :, self.slices] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).transpose(
-            2, 1, 0
-        )
+        for index, plane, known in zip(self.slices, stack, scored, strict=True):
+            share = _apply(known.astype(np.float32), rows, columns)
+            values = _apply(np.where(known, plane, 0).astype(np.float32), rows, columns)
+            # A brain voxel at the rim takes the value of the brain pixels beside it, so a small share is enough.
+            canonical[:, :, index] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).T
         if self.straight:
             return self.straight.take_back(canonical, self.shape, np.array(self.affine))
         return apply_orientation(canonical, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(self.axes)))
@@ -308,6 +307,6 @@ def _freeze(value):
     return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
-def _apply(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Resample each plane: rows @ plane @ columns.T."""
-    return np.matmul(np.matmul(rows, planes), columns.T)
+def _apply(plane: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Resample a plane: rows @ plane @ columns.T."""
+    return np.matmul(np.matmul(rows, plane), columns.T)

@@ -109,6 +109,8 @@ def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in labels)
     sizes[0] = 0
     main = (sizes >= STRAY_SHARE * sizes.max())[labels]
+    del labels  # large, as all here is of 512^3
+    main = fill_holes(main)
     kept = inside.copy()
-    kept.T[box] &= fill_holes(main)
+    kept.T[box] &= main
     return kept, int(np.count_nonzero(inside) - np.count_nonzero(kept))

@@ -56,11 +56,13 @@ class StraightGrid:
         """A map (X, Y, Z) on this grid, NaN where unknown, resampled to a file's grid: (I, J, K) and affine."""
         to_grid = np.linalg.inv(np.array(self.affine)) @ affine
         known = np.isfinite(values)
-        parts = [part.astype(np.float32) for part in (known, np.where(known, values, 0))]
+        box = _grow(find_box(known))
+        parts = [part.astype(np.float32) for part in (known[box], np.where(known[box], values[box], 0))]
+        corner = to_grid[:3, 3] - [side.start for side in box]
         taken = np.empty(shape, dtype=np.float32)
         for start in range(0, shape[0], SLAB):  # some planes at a time: several of 512^3 would fill the memory
             slab = taken[start : start + SLAB]
-            offset = to_grid[:3, 3] + to_grid[:3, 0] * start
+            offset = corner + to_grid[:3, 0] * start
             share, sums = (
                 ndimage.affine_transform(part, to_grid[:3, :3], offset, slab.shape, order=1) for part in parts
             )

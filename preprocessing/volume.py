@@ -203,8 +203,9 @@ def fill_holes(inside: np.ndarray) -> np.ndarray:
     box = find_box(inside.T)
     outside = np.pad(inside[box], 1)
     labels, _ = label_pieces(np.logical_not(outside, out=outside))
+    del outside
     filled = inside.copy()
-    filled[box] = labels[1:-1, 1:-1, 1:-1] != labels[0, 0, 0]
+    np.not_equal(labels[1:-1, 1:-1, 1:-1], labels[0, 0, 0], out=filled[box])
     return filled
 
 

@@ -43,6 +43,12 @@ def test_thick_slices_may_be_thicker_than_two_pixels(tmp_path):
     assert find_warnings(predictor, spacing_mm=[1, 1, 3.5]) == []
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_stack_thinner_than_half_a_pixel_is_compared(slices, predictor):
+    found = find_warnings(predictor, make_stack()[:slices], spacing_mm=[4, 4, 0.5])
+    assert all("check its orientation" not in words for words in found)
+
+
 def test_a_scan_like_the_training_scans_has_no_warning(predictor):
     assert find_warnings(predictor) == []
 
