@@ -1,7 +1,8 @@
 """Paints lesions into the stacks of healthy scans, to choose by: shapes and levels of their own, not the training's.
 
-A lesion is an ellipsoid at random, cut by smooth noise, of about 0.6 to 38 ml evenly over the logarithm; darker than
-grey matter, grey in any tissue, brighter than white matter, or grey with the tissue around it pushed away.
+A lesion is an ellipsoid at random, cut by smooth noise, its volume even over the logarithm: of 0.6 to 38 ml, darker
+than grey matter, grey in any tissue, brighter than white matter, or grey with the tissue around it pushed away; or of
+15 to 120 ml, as tumours are: tissue that is darkened with a gradual edge, and pushed, most around a dark core.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from scipy import ndimage
 
 from preprocessing.store import LoadedScan
 
-KINDS = ("dark", "grey", "bright", "mass")
-VOLUME_ML = (0.6, 38)
+VOLUME_ML = dict.fromkeys(("dark", "grey", "bright", "mass"), (0.6, 38)) | {"tumour": (15, 120)}  # by kind
 EDGE_MM = 0.8  # standard deviation of the Gaussian that softens a lesion's edge
 
 
@@ -24,12 +24,15 @@ def paint_lesion(scan: LoadedScan, rng: np.random.Generator) -> tuple[LoadedScan
     spacing = np.array((between, pixel, pixel))
     values = scan.stack.astype(np.float32)
     depth = ndimage.distance_transform_edt(values > 0, sampling=spacing)
-    inside, radius, offset = _draw_shape(values, depth, spacing, rng)
-    kind = str(rng.choice(KINDS))
-    if kind == "mass":
+    kind = str(rng.choice(list(VOLUME_ML)))
+    inside, radius, offset = _draw_shape(values, depth, spacing, VOLUME_ML[kind], rng)
+    if kind in ("mass", "tumour"):
         values = _push_away(values, depth, offset, radius, spacing)
-    weight = ndimage.gaussian_filter(inside.astype(np.float32), EDGE_MM / spacing) * rng.uniform(0.5, 1)
-    painted = values + weight * (_draw_tissue(values, kind, spacing, rng) - values)
+    if kind == "tumour":
+        painted = _infiltrate(values, inside, offset, radius, spacing, rng)
+    else:
+        weight = ndimage.gaussian_filter(inside.astype(np.float32), EDGE_MM / spacing) * rng.uniform(0.5, 1)
+        painted = values + weight * (_draw_tissue(values, kind, spacing, rng) - values)
     stack = np.where(scan.stack > 0, painted.clip(1e-3, 1), 0).astype(np.float16)
     lesion = inside & (scan.stack > 0)
     pixels = pixel**2 / np.prod(scan.geometry.spacing_mm[:2])  # of the scan's own grid in one of the stack
@@ -39,11 +42,11 @@ def paint_lesion(scan: LoadedScan, rng: np.random.Generator) -> tuple[LoadedScan
 
 
 def _draw_shape(
-    values: np.ndarray, depth: np.ndarray, spacing: np.ndarray, rng: np.random.Generator
+    values: np.ndarray, depth: np.ndarray, spacing: np.ndarray, range_ml: tuple[float, float], rng: np.random.Generator
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """(lesion (n, H, W) bool, its radius in mm, mm from its centre (3, n, H, W))."""
     while True:
-        volume_ml = np.exp(rng.uniform(*np.log(VOLUME_ML)))
+        volume_ml = np.exp(rng.uniform(*np.log(range_ml)))
         radius = (750 * volume_ml / np.pi) ** (1 / 3)
         candidates = np.argwhere((depth > 6) & (values > 0.35))
         centre = candidates[rng.integers(len(candidates))]
@@ -69,6 +72,23 @@ def _push_away(
     places = np.indices(values.shape) - push * offset / spacing[:, None, None, None]
     pushed = ndimage.map_coordinates(values, places, order=1, mode="nearest")
     return np.where((values > 0) & (pushed > 0.02), pushed, values)
+
+
+def _infiltrate(
+    values: np.ndarray, inside: np.ndarray, offset: np.ndarray, radius: float, spacing: np.ndarray, rng
+) -> np.ndarray:
+    """The stack with a tumour: what is brighter than grey matter there is darkened, with its texture, around a core."""
+    fluid, grey = np.percentile(values[values > 0], (5, 45))
+    texture = values - ndimage.gaussian_filter(values, 2 / spacing)
+    mottle = 0.04 * _draw_noise(values.shape, 3 / spacing, rng)
+    change = rng.uniform(0.7, 1.0) * grey + mottle + 0.4 * texture - values
+    weight = ndimage.gaussian_filter(inside.astype(np.float32), rng.uniform(1, 3) / spacing) * rng.uniform(0.5, 1)
+    values = values + weight * np.minimum(change, 0.05)
+    if rng.random() > 0.7:
+        return values
+    distance = np.linalg.norm(offset, axis=0) / radius + 0.2 * _draw_noise(values.shape, 4 / spacing, rng)
+    core = ndimage.gaussian_filter(((distance < rng.uniform(0.3, 0.7)) & inside).astype(np.float32), 1 / spacing)
+    return values + core * (rng.uniform(min(fluid, 0.75 * grey), 0.75 * grey) + mottle - values)
 
 
 def _draw_tissue(values: np.ndarray, kind: str, spacing: np.ndarray, rng: np.random.Generator) -> np.ndarray:

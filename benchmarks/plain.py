@@ -21,8 +21,8 @@ from models.checkpoint import build_model
 from preprocessing.store import StoredScan, name_slice
 from tests.reference import map_plainly
 from training.batches import seed_generator
+from training.corruption import make_pair
 from training.dataset import see_no_neighbours
-from training.trainer import make_pair
 
 
 class HobbyAutoencoder(nn.Module):

@@ -66,6 +66,14 @@ def find_mismatches(scan: LoadedScan, predictor: Predictor) -> list[str]:
     return found + _find_odd_intensities(scan, predictor)
 
 
+def explain_misfit(misfit: float) -> str:
+    """What a Prediction's misfit means, and its cure."""
+    return (
+        f"most of its brain is reconstructed {misfit:.1f} times as badly as that of the scans it is compared with, so "
+        "its p-value means little; calibrate the model on healthy scans of this scanner (training/calibrate.py)"
+    )
+
+
 def _find_odd_intensities(scan: LoadedScan, predictor: Predictor) -> list[str]:
     """Another contrast, or an orientation that the header does not have."""
     deviation = _measure_deviation(scan.stack, scan.geometry.sampling_mm, predictor)

@@ -12,7 +12,7 @@ from torch import nn
 from common.cli import DataError
 from common.device import PRECISIONS
 from evaluation.regions import list_regions
-from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, score_slices
+from models.anomaly import compute_residual, find_median, reconstruct, score_mse, score_scan, score_slices, smooth_map
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
 from models.checkpoint import load_model
@@ -38,6 +38,8 @@ class Prediction:
     slice_rows      a row for each slice, as scores.csv has them
     scan_row        the scan's row, as scans.csv has it
     threshold       the calibrated threshold of a voxel, in units of the scan's median
+    misfit          how many times as large as in the calibration's scans the residual is in most of the brain, where
+                    that is more than chance; else None
     """
 
     scan: LoadedScan
@@ -48,6 +50,7 @@ class Prediction:
     slice_rows: list[dict]
     scan_row: dict
     threshold: float
+    misfit: float | None = None
 
     @property
     def anomaly(self) -> np.ndarray:
@@ -118,12 +121,13 @@ class Predictor:
         stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
         sampling_mm = scan.geometry.sampling_mm
         reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
-        squares = (stack.float() - reconstruction) ** 2
+        brain, residual = stack > 0, compute_residual(stack, reconstruction, sampling_mm)
+        divided = self.calibration.divide(residual, brain)
         maps = {
-            "score": map_anomalies(stack, reconstruction, sampling_mm, self.calibration),
-            "mse": torch.where(stack > 0, squares, torch.nan),
+            "score": smooth_map(divided, sampling_mm),
+            "mse": torch.where(brain, (stack.float() - reconstruction) ** 2, torch.nan),
         }
-        if not maps["score"][stack > 0].isfinite().all():
+        if not maps["score"][brain].isfinite().all():
             raise DataError(
                 f"{scan.source}: its anomaly map holds values that are not finite; try --device cpu, or train again"
             )
@@ -147,6 +151,7 @@ class Predictor:
             slice_rows=self._list_slices(scan, slice_scores),
             scan_row=self._describe_scan(scan, scan_scores),
             threshold=threshold,
+            misfit=self.calibration.compare_bulk(find_median(divided[brain])),
         )
 
     def _list_slices(self, scan: LoadedScan, scores: dict[str, torch.Tensor]) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from tqdm import tqdm
 
+from evaluation.input_check import explain_misfit
 from evaluation.metrics import (
     VOLUME_BINS,
     VoxelCounts,
@@ -34,6 +35,7 @@ class Results:
         self.kinds = kinds
         self.slices, self.scans, self.regions, self.lesions = [], [], [], []
         self.warnings = {}  # by (label, scan), where there are any
+        self.misfits = 0  # scans that do not fit the calibration
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
 
     def add(self, prediction: Prediction) -> None:
@@ -41,8 +43,10 @@ class Results:
         scan = prediction.scan
         self.slices += prediction.slice_rows
         self.scans.append(prediction.scan_row)
-        if scan.warnings:
-            self.warnings[scan.label, scan.name] = scan.warnings
+        self.misfits += prediction.misfit is not None
+        warnings = [*scan.warnings, *([explain_misfit(prediction.misfit)] if prediction.misfit else [])]
+        if warnings:
+            self.warnings[scan.label, scan.name] = warnings
         self.regions += [{"label": scan.label, "scan": scan.name} | region for region in prediction.regions]
         if scan.lesion is None:
             return
@@ -78,7 +82,7 @@ class Results:
         """How many scans of each label, slices, subjects and lesions there are."""
         counts = {label: sum(row["label"] == label for row in self.scans) for label in LABELS}
         subjects = {row["subject"] for row in self.scans}
-        unknown = {"without_lesion_mask": len(self.name_unknown())}
+        unknown = {"without_lesion_mask": len(self.name_unknown()), "unlike_calibration": self.misfits}
         return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)} | unknown
 
     def measure(self, threshold: float, quiet: bool) -> dict[str, dict]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.cli import DataError, explain, log
 from common.files import write_figure
-from evaluation.input_check import find_mismatches, is_seen
+from evaluation.input_check import explain_misfit, find_mismatches, is_seen
 from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
 from evaluation.predictor import Prediction, Predictor
@@ -83,6 +83,8 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     seen = is_seen(scan, predictor)
     mismatches = [*scan.warnings, *find_mismatches(scan, predictor)]
     prediction = predictor.predict(scan, baselines=False)
+    if prediction.misfit:
+        mismatches.append(explain_misfit(prediction.misfit))
     write_maps(scans.out / scan.name, prediction)
     shown = choose_apart(prediction)
     row = prediction.scan_row

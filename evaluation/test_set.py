@@ -86,8 +86,8 @@ def fill_folder(
             return 3 if content["counts"]["skipped"] else 0, content
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{test_set.out / 'metrics.json'}: is not a record of an evaluation; {CURE}") from error
-    results, skipped = predict_scans(test_set, predictor, scans, kinds)
-    skipped += bad
+    results = Results(kinds)
+    skipped = bad + predict_scans(test_set, predictor, scans, results, settings["model"])
     content = {
         "settings": settings,
         "flags": test_set.flags,
@@ -106,7 +106,7 @@ def fill_folder(
         "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
         "detectability": results.measure_lesions(),
     }
-    write_results(test_set, predictor, results, content)
+    write_results(test_set, predictor, scans, results, content)
     log_figures(content)
     log.info("%s; look at %s", describe_counts(content), test_set.out / "report.html")
     return 3 if skipped else 0, content
@@ -201,14 +201,18 @@ def delete_own(out: Path) -> None:
             folder.rmdir()
 
 
-def predict_scans(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> tuple[Results, int]:
-    """Predict every scan and write its maps and pictures; (what is kept of them, how many could not be read)."""
-    out, results, skipped = test_set.out, Results(kinds), 0
+def predict_scans(
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, model: str
+) -> int:
+    """Predict every scan, write its maps and pictures, and add it to the results; returns how many could not be read.
+
+    model  the SHA-256 of model.pt
+    """
+    out, skipped = test_set.out, 0
     for label in LABELS if test_set.maps else ():
         make_folder(out / "maps" / label, out)
     if test_set.bids:
         make_folder(out / "bids", out)
-        model = hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest()
         write_bids_description(out / "bids", str(test_set.data), model)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
     for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
@@ -228,10 +232,12 @@ def predict_scans(test_set: TestSet, predictor: Predictor, scans: list[StoredSca
         results.add(prediction)
     if not results.scans:
         raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
-    return results, skipped
+    return skipped
 
 
-def write_results(test_set: TestSet, predictor: Predictor, results: Results, content: dict) -> None:
+def write_results(
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, content: dict
+) -> None:
     """Write the tables, the figures and the report; metrics.json last."""
     out, name = test_set.out, test_set.run.name
     write_table(out / "scores.csv", results.slices)
@@ -241,18 +247,20 @@ def write_results(test_set: TestSet, predictor: Predictor, results: Results, con
     write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode(errors="backslashreplace"))
     write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode(errors="backslashreplace"))
     pictures = draw_figures(out, results, content)
-    viewers = make_viewers(test_set, predictor, results.scans)
+    viewers = make_viewers(predictor, scans, results.scans, test_set.quiet)
     write_report(out, content, results, pictures, viewers)
     write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
     (out / BEGUN).unlink()
 
 
-def make_viewers(test_set: TestSet, predictor: Predictor, rows: list[dict]) -> dict[tuple[str, str], str]:
+def make_viewers(
+    predictor: Predictor, scans: list[StoredScan], rows: list[dict], quiet: bool
+) -> dict[tuple[str, str], str]:
     """{(label, scan): page of an orthogonal viewer} of the few scans with the highest scores."""
-    stored = {(scan.label, scan.name): scan for label in LABELS for scan in list_scans(test_set.data / label, [])}
+    stored = {(scan.label, scan.name): scan for scan in scans}
     worst = sorted(rows, key=lambda row: -row["score"])[:VIEWERS]
     viewers = {}
-    for row in tqdm(worst, desc="viewers", unit="scan", disable=test_set.quiet or None):
+    for row in tqdm(worst, desc="viewers", unit="scan", disable=quiet or None):
         key = row["label"], row["scan"]
         # predicted again: keeping every scan's maps would fill the memory
         viewers[key] = make_viewer(predictor.predict(stored[key].load(), baselines=False))
@@ -278,6 +286,11 @@ def log_figures(content: dict) -> None:
             log.info("%s %s scans flagged at a false-positive rate of %g", share, label, rate)
     if reason := explain_no_flag(rate, content["calibration"]["normal_scans"]):
         log.info(reason)
+    if unlike := content["counts"].get("unlike_calibration"):
+        log.warning(
+            "%d of %d scans do not fit the model's calibration, so their p-values mean little; calibrate it on healthy "
+            "scans of this scanner (training/calibrate.py)", unlike, sum(content["counts"][label] for label in LABELS)
+        )  # fmt: skip
 
 
 def explain_no_flag(rate: float, known: int) -> str | None:

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.cli import DataError
-from models.anomaly import Residual, compute_residual, find_median, multiply_axes, score_scan, score_slices, smooth_map
+from models.anomaly import (
+    Residual,
+    compute_residual,
+    find_median,
+    multiply_axes,
+    reconstruct,
+    score_scan,
+    score_slices,
+    smooth_map,
+)
 
 TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
 LEVELS = 16  # places along the inferior-superior axis at which healthy scans are described
@@ -33,6 +44,7 @@ STATE_KEYS = {  # field: its key in model.pt
     "scan_scores": "scan_scores",
     "slice_scores": "slice_scores",
     "voxel_threshold": "threshold",
+    "bulk": "bulk",
 }
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
@@ -48,6 +60,7 @@ class Calibration:
     scan_scores        (scans,) sorted
     slice_scores       (slices,) sorted
     voxel_threshold    the anomaly above which VOXELS_FLAGGED of a healthy brain lies
+    bulk               (scans,) sorted medians over each brain of `divide`; (0,) in models of before it was kept
     """
 
     expected_residual: torch.Tensor
@@ -57,6 +70,7 @@ class Calibration:
     scan_scores: torch.Tensor
     slice_scores: torch.Tensor
     voxel_threshold: float
+    bulk: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def fit(cls, scans: Sequence[Compared], robust: bool = False) -> Calibration:
@@ -79,17 +93,12 @@ class Calibration:
         total = sum(texture_sums)
         left_out = draft._leave_each_out(scans, place_sums)
         factors = (_expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums)
-        scan_scores, slice_scores, quantiles = _score_maps(
-            (smooth_map(replace(others, texture_factor=factor).normalise(residual, brain), sampling_mm), brain)
+        scores, quantiles = _score_scans(
+            (replace(others, texture_factor=factor), residual, brain, sampling_mm)
             for (residual, brain, sampling_mm, others), factor in zip(left_out, factors, strict=True)
         )
-        return replace(
-            draft,
-            texture_factor=_expect_with_texture(total),
-            scan_scores=scan_scores,
-            slice_scores=slice_scores,
-            voxel_threshold=float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED)),
-        )
+        threshold = float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED))
+        return replace(draft, texture_factor=_expect_with_texture(total), voxel_threshold=threshold, **scores)
 
     def _fit_robustly(self, scans: Sequence[Compared]) -> Calibration:
         """This draft with the medians over the scans of what each expects by place, then by texture."""
@@ -101,13 +110,9 @@ class Calibration:
             sums = _sum_by_texture(residual, placed.normalise(residual, scan[0] > 0), placed.texture_edges)
             by_texture.append(_expect_with_texture(sums))
         fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
-        scan_scores, slice_scores, quantiles = _score_maps(
-            (smooth_map(fitted.normalise(compute_residual(*scan), scan[0] > 0), scan[2]), scan[0] > 0) for scan in scans
-        )
+        scores, quantiles = _score_scans((fitted, compute_residual(*scan), scan[0] > 0, scan[2]) for scan in scans)
         thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
-        return replace(
-            fitted, scan_scores=scan_scores, slice_scores=slice_scores, voxel_threshold=float(thresholds.median())
-        )
+        return replace(fitted, voxel_threshold=float(thresholds.median()), **scores)
 
     def _leave_each_out(
         self, scans: Sequence[Compared], place_sums: torch.Tensor
@@ -121,6 +126,7 @@ class Calibration:
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
         """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
+        state = {"bulk": torch.empty(0)} | state
         values = {name: state[key] for name, key in STATE_KEYS.items()}
         _refuse_not_finite(values)
         size = values["intensity"].shape[-1]
@@ -148,7 +154,23 @@ class Calibration:
         return len(self.scan_scores)
 
     def normalise(self, residual: Residual, brain: torch.Tensor) -> torch.Tensor:
-        """|residual| / expected residual, in units of its median: (n, H, W) not yet smoothed, NaN outside the brain."""
+        """`divide` in units of its median."""
+        divided = self.divide(residual, brain)
+        return divided / max(find_median(divided[brain]), 1e-6)
+
+    def compare_bulk(self, bulk: float) -> float | None:
+        """How many times as large as healthy scans' a scan's median of `divide` is; None where that may be chance.
+
+        A lesion hardly changes a median over the brain; another scanner does. Chance goes up to twice as far above the
+        healthy scans' median as the highest of them, on a logarithmic scale.
+        """
+        if not len(self.bulk):
+            return None
+        middle, highest = float(self.bulk.median()), float(self.bulk[-1])
+        return bulk / middle if bulk > highest * (highest / middle) else None
+
+    def divide(self, residual: Residual, brain: torch.Tensor) -> torch.Tensor:
+        """|residual| / expected residual: (n, H, W) not yet smoothed, NaN outside the brain."""
         size = brain[0].numel()
         places = brain.flatten().nonzero()[:, 0]
         pixel = places % size
@@ -159,10 +181,9 @@ class Calibration:
         expected = self.expected_residual.flatten()
         expected = torch.lerp(expected[lower], expected[lower + size], share)
         bins = [torch.bucketize(part, edges) for part, edges in zip((mean, deviation), self.texture_edges, strict=True)]
-        anomaly = values.abs() / (expected * self.texture_factor[sign, bins[0], bins[1]])
-        mapped = torch.full(brain.shape, torch.nan, device=brain.device)
-        mapped.view(-1)[places] = anomaly / max(find_median(anomaly), 1e-6)
-        return mapped
+        divided = torch.full(brain.shape, torch.nan, device=brain.device)
+        divided.view(-1)[places] = values.abs() / (expected * self.texture_factor[sign, bins[0], bins[1]])
+        return divided
 
     def expect_intensity(self, slices: int) -> torch.Tensor:
         """(2, slices, H, W) mean and standard deviation of healthy values, for a stack of so many slices."""
@@ -185,6 +206,14 @@ class Calibration:
         healthy = self.scan_scores if level == "scan" else self.slice_scores
         allowed = math.floor(false_positive_rate * (len(healthy) + 1) + 1e-9) - 1  # healthy scores that may be as high
         return float(healthy[len(healthy) - 1 - allowed]) if allowed >= 0 else None
+
+
+def compare(
+    model: nn.Module, stack: np.ndarray, sampling_mm: tuple[float, float], batch_size: int, precision: torch.dtype
+) -> Compared:
+    """A healthy scan's stack (n, H, W) in [0, 1] with its reconstruction, on the model's device, for `fit`."""
+    values = torch.from_numpy(stack).float().to(next(model.parameters()).device)
+    return values, reconstruct(model, values, sampling_mm[0], batch_size, precision), sampling_mm
 
 
 def _refuse_not_finite(fields: dict[str, torch.Tensor | float]) -> None:
@@ -230,16 +259,24 @@ def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tens
     ), place_sums
 
 
-def _score_maps(maps: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sorted scan scores, sorted slice scores, (scans, 10001) quantiles) of (anomaly map, brain) pairs."""
-    scan_scores, slice_scores, quantiles = [], [], []
+def _score_scans(
+    scans: Iterable[tuple[Calibration, Residual, torch.Tensor, tuple[float, float]]],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(the sorted scores and bulks of healthy scans, (scans, 10001) quantiles of their maps).
+
+    Of each scan: what is expected of it, its residual, its brain, sampling_mm.
+    """
+    found, quantiles = {"scan_scores": [], "slice_scores": [], "bulk": []}, []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
-    for anomaly, brain in maps:
-        scan_scores.append(score_scan(anomaly))
-        slice_scores.append(score_slices(anomaly))
+    for expected, residual, brain, sampling_mm in scans:
+        divided = expected.divide(residual, brain)
+        anomaly = smooth_map(divided, sampling_mm)
+        found["bulk"].append(torch.tensor([find_median(divided[brain])]))
+        found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
+        found["slice_scores"].append(score_slices(anomaly))
         quantiles.append(_find_quantiles(anomaly[brain], shares))
-    scores = torch.tensor(scan_scores, device=quantiles[0].device).sort().values
-    return scores, torch.cat(slice_scores).sort().values, torch.stack(quantiles)
+    device = quantiles[0].device
+    return {name: torch.cat(values).to(device).sort().values for name, values in found.items()}, torch.stack(quantiles)
 
 
 def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:

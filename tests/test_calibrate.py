@@ -1,18 +1,23 @@
-"""The script that calibrates a trained model anew: the weights stay, the calibration is that of the given scans."""
+"""The script that takes a trained model to another scanner: a few steps on its scans, and a calibration on them."""
 
 import shutil
 
 import pytest
 import torch
 
+import training.adaptation as adaptation
 import training.calibrate as script
 from common.cli import DataError
 from evaluation.predictor import Predictor
 from models.anomaly import reconstruct
 from models.calibration import Calibration
-from models.checkpoint import load_checkpoint, load_model, save_checkpoint
+from models.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 from preprocessing.store import list_scans
 from tests.test_scripts import PROJECT, run_script
+from training.batches import seed_generator
+from training.corruption import make_pair
+from training.dataset import SliceDataset
+from training.trainer import sum_squares
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +30,10 @@ def run(untrained, tmp_path_factory):
     return folder
 
 
-def calibrate(run, data, out, *flags) -> dict:
+def calibrate(run, data, out, *flags, steps=0) -> dict:
     """The content of the new model.pt."""
     command = ["--run", str(run), "--data", str(data), "--out", str(out), "--device", "cpu", *flags]
+    command += ["--steps", str(steps)]
     assert script.main(command) == 0
     return load_checkpoint(out / "model.pt")
 
@@ -57,6 +63,28 @@ def test_the_calibration_is_new_and_nothing_else(run, processed, tmp_path, unlab
     assert {name: content[name] for name in same} == {name: before[name] for name in same}
     predictor = Predictor.load(tmp_path / "new/model.pt", torch.device("cpu"))
     assert predictor.calibration.normal_scans == len(scans)
+
+
+def measure_loss(content, scans) -> float:
+    model = build_model(content["config"]).eval()
+    model.load_state_dict(content["weights"])
+    clean = SliceDataset(scans, neighbour_offsets=model.neighbour_offsets)[:]
+    source, target = make_pair(clean, model.corrupted, seed_generator(torch.device("cpu"), 9))
+    with torch.inference_mode():
+        squares, pixels = sum_squares(model(source), target)
+    return float(squares / pixels)
+
+
+def test_the_model_is_trained_on_these_scans_before_they_are_measured(run, processed, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation, "PEAK_LEARNING_RATE", 1e-2)  # the model knows nothing yet
+    scans = list(list_scans(processed / "test/normal"))
+    before = load_checkpoint(run / "model.pt")
+    content = calibrate(run, processed / "test", tmp_path / "new", steps=40)
+    assert measure_loss(content, scans) < 0.9 * measure_loss(before, scans)
+    for name, values in fit_by_hand(tmp_path / "new", scans, robust=False).items():
+        torch.testing.assert_close(content["calibration"][name], values, msg=name)
+    again = calibrate(run, processed / "test", tmp_path / "again", steps=40)
+    assert all(torch.equal(values, again["weights"][name]) for name, values in content["weights"].items())
 
 
 def test_what_it_prints(run, untrained, processed, tmp_path, capsys):

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 import training.corruption as corruption
-from training.corruption import add_coarse_noise, corrupt, paint_blob, vary_appearance, warp_locally
+from training.corruption import (
+    add_coarse_noise,
+    corrupt,
+    infiltrate,
+    make_pair,
+    paint_blob,
+    scan,
+    vary_anatomy,
+    warp_locally,
+)
 
 VISIBLE = 1000.0  # a "blurred" slice so bright that what is blended from it shows the blob's own shape
 
@@ -48,7 +57,7 @@ def vary_between(place, other, size=32):
     return sum((pair**2).sum() for pair in pairs) / 3
 
 
-@pytest.mark.parametrize("change", [vary_appearance, corrupt])
+@pytest.mark.parametrize("change", [vary_anatomy, corrupt, scan])
 def test_slices_stay_slices_and_a_seed_repeats(change):
     slices = make_slices(16, 64, channels=3)
     first, again, other = (change(slices, seed(number)) for number in (1, 1, 2))
@@ -70,8 +79,8 @@ def test_a_brain_stays_the_same_brain_under_corruption():
         assert torch.equal(corrupt(x, seed()) > 0, x > 0)
 
 
-def test_corrupt_warps_two_fifths_then_paints_three_times_then_adds_noise_to_half(monkeypatch):
-    calls, factors = [], {"warp_locally": 0.9, "paint_blob": 0.8, "add_coarse_noise": 0.7}
+def test_corrupt_warps_two_fifths_then_paints_five_times_then_adds_noise_to_half(monkeypatch):
+    calls, factors = [], {"warp_locally": 0.9, "paint_blob": 0.8, "infiltrate": 0.95, "add_coarse_noise": 0.7}
 
     def replace(name):
         def change(x, *_):
@@ -83,7 +92,7 @@ def test_corrupt_warps_two_fifths_then_paints_three_times_then_adds_noise_to_hal
     for name in factors:
         replace(name)
     changed = corrupt(torch.ones(200, 1, 4, 4), seed())[:, 0, 0, 0]
-    painted = [("paint_blob", 150), ("paint_blob", 150), ("paint_blob", 100)]
+    painted = [("paint_blob", 100), ("paint_blob", 100), ("paint_blob", 50), ("infiltrate", 100), ("infiltrate", 100)]
     assert calls == [("warp_locally", 80), *painted, ("add_coarse_noise", 100)]
     assert len(changed.unique()) > 12, "each change picks slices of its own"
     first, second = (corrupt(torch.ones(200, 1, 4, 4), seed(number))[:, 0, 0, 0] for number in (1, 2))
@@ -108,9 +117,9 @@ def test_what_a_blob_blurs_to_is_the_mean_over_the_brain_within_five_pixels(monk
 
 
 def test_coarse_noise_by_its_moments():
-    """Strength s from 0.02 to 0.2; at a corner three grids meet, elsewhere neighbours lie on the grids' straight lines.
+    """Strength s from 0.02 to 0.2; at a corner two grids meet, elsewhere neighbours lie on the grids' straight lines.
 
-    With shares of mean square 1/3: cov(corner, j-th of 24) / E[s^2] = (max(0, 1 - 11j/23) + max(0, 1 - 5j/23)) / 3.
+    With shares of mean square 1/2: cov(corner, j-th of 24) / E[s^2] = max(0, 1 - 11j/23) / 2.
     """
     x = torch.full((6000, 1, 24, 24), 0.5)
     noise = add_coarse_noise(x, seed())[:, 0] - 0.5
@@ -121,11 +130,67 @@ def test_coarse_noise_by_its_moments():
     assert corner.abs().mean() == pytest.approx(0.11 * np.sqrt(2 / np.pi), rel=0.03)
     assert corner.square().mean() == pytest.approx(square, rel=0.04)
     for j in range(1, 8):
-        expected = (max(0, 1 - 11 * j / 23) + max(0, 1 - 5 * j / 23)) / 3
+        expected = max(0, 1 - 11 * j / 23) / 2
         assert (corner * edges[:, j]).mean() / square == pytest.approx(expected, abs=0.025), j
     fine = add_coarse_noise(torch.full((20, 1, 47, 47), 0.5), seed())[:, 0]
     between = (fine[:, :, :-2:2] + fine[:, :, 2::2]) / 2
     torch.testing.assert_close(fine[:, :, 1::2], between, msg="24 cells are the finest")
+
+
+@pytest.mark.parametrize("corrupted", [True, False])
+def test_a_pair_has_the_same_anatomy_and_the_same_scanner(corrupted):
+    slices = make_slices(12, 64, channels=3)
+    source, target = make_pair(slices, corrupted, seed(4))
+    generator = seed(4)
+    anatomy = vary_anatomy(slices, generator)
+    changed = corrupt(anatomy, generator) if corrupted else anatomy
+    both = scan(torch.cat([changed, anatomy[:, 1:2]], 1), generator)
+    assert torch.equal(source, both[:, :3])
+    assert torch.equal(target, both[:, 3:])
+    assert torch.equal(source[:, 1:2] > 0, target > 0)
+    assert torch.equal(source[:, 1:2], target) != corrupted
+
+
+def test_what_is_not_corrupted_is_the_same_to_the_last_grain(monkeypatch):
+    """Else the model would find what is corrupted by its missing noise, on its own scanner and no other."""
+    left = torch.arange(64) < 32
+    monkeypatch.setattr(corruption, "corrupt", lambda x, _: torch.where(left & (x > 0), 0.8 * x + 0.1, x))
+    source, target = make_pair(make_slices(40, 64, channels=3), True, seed())
+    change = (source[:, 1] - target[:, 0]).abs()
+    assert change[..., 34:].max() == 0
+    assert change[..., 16:30].flatten(1).amax(1).min() > 0
+    inner = (source[:, 1] - target[:, 0])[:, 24:40, 18:26]
+    rough = (inner.diff(dim=1).diff(dim=1)).abs().flatten(1).mean(1)
+    grain = target[:, 0, 24:40, 18:26].diff(dim=1).diff(dim=1).abs().flatten(1).mean(1)
+    assert (rough < 0.4 * grain).all(), "and what is corrupted has its noise too"
+
+
+def test_infiltration_fades_out_and_goes_one_way(monkeypatch):
+    """A fifth of 0.2 to 1 of the way to a level from 0.1 to 1; down in four of five."""
+    monkeypatch.setattr(corruption, "draw_blob", lambda x, _: torch.ones_like(x))
+    x = torch.rand(3000, 1, 8, 8, generator=seed(1))
+    change = infiltrate(x, seed()) - x
+    down, up = (change < -1e-6).flatten(1).any(1), (change > 1e-6).flatten(1).any(1)
+    assert not (down & up).any()
+    assert down[down | up].float().mean() == pytest.approx(0.8, abs=0.03)
+    # what is changed moves toward one level: change = strength * (level - x)
+    one = change[down & ((change < -1e-6).flatten(1).sum(1) > 20)]
+    values = x[down & ((change < -1e-6).flatten(1).sum(1) > 20)]
+    strengths = []
+    for moved, value in zip(one.flatten(1), values.flatten(1), strict=True):
+        strengths.append(-np.polyfit(value[moved < -1e-6], moved[moved < -1e-6], 1)[0])
+    assert min(strengths) == pytest.approx(0.2, abs=0.01)
+    assert max(strengths) == pytest.approx(1, abs=0.01)
+
+
+def test_infiltration_has_no_sharp_edge(monkeypatch):
+    half = torch.zeros(200, 1, 32, 64)
+    half[..., 32:] = 1
+    monkeypatch.setattr(corruption, "draw_blob", lambda x, _: half)
+    change = infiltrate(torch.full((200, 1, 32, 64), 0.9), seed())[:, 0, 16] - 0.9
+    share = (change / change[:, 60:61])[change[:, 60] < -0.1]
+    np.testing.assert_allclose(share[:, [20, 32, 43]].mean(0), [0, 0.625, 1], atol=0.07)
+    assert share.diff(dim=1).abs().max() < 0.3
 
 
 def test_warps_start_in_the_brain_and_push_and_pull_by_up_to_ten_pixels():

@@ -10,6 +10,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks import detection
 from benchmarks.detection import Tally, halve
+from benchmarks.gallery import Gallery
+from benchmarks.lesions import VOLUME_ML
 from common.cli import DataError
 from preprocessing.store import list_scans
 from tests.predictions import make_prediction
@@ -31,7 +33,7 @@ def make_random(seed: int, abnormal: bool):
 
 def test_figures_by_scikit_learn():
     predictions = [make_random(seed, abnormal=seed % 2 == 0) for seed in range(6)]
-    tally = Tally()
+    tally = Tally({})
     for prediction in predictions:
         tally.add(prediction)
     figures = tally.measure()
@@ -62,7 +64,7 @@ def test_figures_by_scikit_learn():
 
 def test_false_positives_are_those_of_normal_scans():
     """The p-values of seeds 1, 3, 5 are 0.1, 0.2, 0.1; an abnormal scan does not count."""
-    tally = Tally()
+    tally = Tally({})
     for seed in (1, 3, 5):
         tally.add(make_random(seed, abnormal=False))
     tally.add(make_random(0, abnormal=True))
@@ -73,37 +75,46 @@ def test_false_positives_are_those_of_normal_scans():
 
 
 def test_what_cannot_be_taken_is_left_out():
-    tally = Tally()
+    tally = Tally({})
     tally.add(make_random(1, abnormal=False))
     assert tally.measure() == {}
-    assert Tally().count_false_positives(0.05) is None
+    assert Tally({}).count_false_positives(0.05) is None
 
 
-def test_no_subject_calibrates_for_itself(processed):
-    scans = [scan.load() for scan in list_scans(processed / "train")]
-    twins = [replace(scan, name=f"{scan.name}_again") for scan in scans]
-    parts = halve(sorted([*scans, *twins], key=lambda scan: scan.name), copies=1)
+def test_no_subject_calibrates_for_itself(processed, tmp_path):
+    for scan in list_scans(processed / "train"):
+        for name in (scan.name, f"{scan.name}_again"):
+            shutil.copytree(scan.folder, tmp_path / "train/normal" / name)
+    scans = list(list_scans(tmp_path / "train"))
+    parts = halve(scans, copies=1)
     assert sum(len(part.scans) for part in parts) == 12
     for part in parts:
         assert not {scan.subject for scan in part.scans} & {scan.subject for scan in part.healthy}
         normal = [scan for scan in part.scans if scan.label == "normal"]
         assert len(part.scans) == 2 * len(normal)
-    assert {scan.name for part in parts for scan in part.healthy} == {scan.name for scan in (*scans, *twins)}
+    assert {scan.name for part in parts for scan in part.healthy} == {scan.name for scan in scans}
 
 
 def test_the_script_ends_with_a_line_of_figures(untrained, processed, tmp_path, capsys):
     shutil.copytree(processed / "val", tmp_path / "sets/home/val")
     shutil.copytree(processed / "test/abnormal", tmp_path / "sets/real/test/abnormal")
     shutil.copytree(processed / "test/masks", tmp_path / "sets/real/test/masks")
-    assert detection.main([str(untrained), "--sets", str(tmp_path / "sets"), "--copies", "1"]) == 0
+    command = [str(untrained), "--sets", str(tmp_path / "sets"), "--copies", "1", "--steps", "2"]
+    assert detection.main([*command, "--pictures", str(tmp_path / "pictures")]) == 0
     lines = capsys.readouterr().out.splitlines()
     (table,) = json.loads(lines[-1]).values()
-    assert list(table) == ["home dev, own", "home dev, anew", "real test, own"]
-    assert len(lines) == 5
+    assert list(table) == ["home dev, own", "home dev, anew", "home dev, adapted", "real test, own"]
+    assert len(lines) == 6
     home = table["home dev, anew"]
     assert set(detection.FIGURES) <= set(home)
     assert home["false_positives_0.1"]["scans"] == 2
-    assert home["voxel_ap"] != table["home dev, own"]["voxel_ap"]
+    assert len({table[f"home dev, {how}"]["voxel_ap"] for how in ("own", "anew", "adapted")}) == 3
+    assert sum(group["lesions"] for group in home["by_kind"]) == sum(group["lesions"] for group in home["by_volume"])
+    assert {group["group"] for group in home["by_kind"]} <= set(VOLUME_ML)
+    page = (tmp_path / "pictures/index.html").read_text()
+    pictures = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    assert {f"false_positive_{number}.png" for number in range(1, 7)} < set(pictures)
+    assert all(f'src="{name}"' in page for name in pictures)
     assert table["real test, own"]["false_positives_0.1"] is None
 
 
@@ -116,3 +127,20 @@ def test_the_tests_are_looked_at_when_asked(processed, tmp_path):
 def test_a_missing_folder_is_one_line(untrained):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         detection.main([str(untrained), "--sets", "nowhere"])
+
+
+def test_the_gallery_keeps_the_worst_and_says_what_they_are(tmp_path):
+    gallery, made = Gallery(count=2), make_prediction()
+    for score in (3.0, 9.0, 5.0):
+        scan = replace(made.scan, label="normal", lesion=None, name=f"healthy {score:g}")
+        gallery.add("abroad", replace(made, scan=scan, scan_row=made.scan_row | {"score": score}))
+    for name, threshold in (("found", 4.0), ("missed", 99.0)):
+        gallery.add("abroad", replace(made, scan=replace(made.scan, name=name), threshold=threshold))
+    gallery.write(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert page.index("healthy 9") < page.index("healthy 5") < page.index("missed,") < page.index(" found,")
+    assert "healthy 3" not in page
+    assert "0% found" in page
+    assert "100% found" in page
+    assert "0.30 brighter than its reconstruction" in page
+    assert len(list(tmp_path.glob("*.png"))) == 4

@@ -89,6 +89,7 @@ def test_metrics_agree_with_the_tables(evaluation):
         "subjects": 4,
         "lesions": len(lesions),
         "without_lesion_mask": 0,
+        "unlike_calibration": 0,
         "skipped": 0,
     }
     assert [group["group"] for group in content["detectability"]["kind"]] == ["kind 0", "kind 1"]

@@ -88,6 +88,7 @@ def test_files_of_tests_are_short_too():
 def test_scripts_open_and_end_alike(path):
     text = path.read_text(encoding="utf-8")
     assert "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[1])\n" in text
+    assert '\n\nif __name__ == "__main__":\n    stop_in_one_line()  # while the rest is imported\n\n' in text
     assert text.endswith('\n\nif __name__ == "__main__":\n    run_script(main)\n')
 
 

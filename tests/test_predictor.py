@@ -9,7 +9,15 @@ import torch
 from common.cli import DataError
 from evaluation.predictor import Predictor
 from evaluation.regions import list_regions
-from models.anomaly import map_anomalies, reconstruct, score_mse, score_scan, score_slices
+from models.anomaly import (
+    compute_residual,
+    find_median,
+    map_anomalies,
+    reconstruct,
+    score_mse,
+    score_scan,
+    score_slices,
+)
 from models.baselines import map_brightness, map_deviation
 from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from tests.predictions import (
@@ -196,3 +204,16 @@ def test_a_model_that_cannot_be_one_is_one_line(change, tmp_path):
     with pytest.raises(DataError, match=r"model\.pt: does not hold a model of this version .*; train again") as error:
         Predictor.load(path, torch.device("cpu"))
     assert "\n" not in str(error.value)
+
+
+def test_the_misfit_is_the_bulk_of_its_residual_against_the_calibrations(tmp_path):
+    scan = make_scan(lesion=np.zeros(make_stack().shape, bool))
+    plain = make_predictor(tmp_path / "a")
+    reconstruction = reconstruct(plain.model, scan.stack, scan.geometry.slice_spacing_mm)
+    stack = torch.from_numpy(scan.stack)
+    residual = compute_residual(stack, reconstruction, scan.geometry.sampling_mm)
+    bulk = find_median(plain.calibration.divide(residual, stack > 0)[stack > 0])
+    assert plain.predict(scan).misfit is None, "its calibration has no bulk"
+    for share, misfit in ((1.01, None), (0.5, pytest.approx(2, rel=1e-4))):
+        known = make_calibration(bulk=torch.tensor([share * bulk] * 3))
+        assert make_predictor(tmp_path / "b", known).predict(scan, baselines=False).misfit == misfit

@@ -10,7 +10,7 @@ from evaluation.predictor import DETECTORS
 from evaluation.results import Results
 from tests.predictions import make_prediction
 
-KNOWN = {"without_lesion_mask": 0}
+KNOWN = {"without_lesion_mask": 0, "unlike_calibration": 0}
 
 
 def make_results(kinds: dict | None = None) -> Results:
@@ -224,3 +224,15 @@ def test_flags_are_counted_by_label_and_of_normal_scans_by_sex_and_age():
     assert set(results.count_flagged()) == {"normal", "abnormal"}
     results.scans = results.scans[:-1]
     assert set(results.count_flagged()) == {"normal"}
+
+
+def test_a_scan_that_does_not_fit_the_calibration_is_counted_and_says_so():
+    results, made = make_results(), make_prediction()
+    for name, misfit in (("fits", None), ("not", 2.56)):
+        scan = replace(made.scan, name=name, warnings=("low",))
+        results.add(replace(made, scan=scan, maps=dict.fromkeys(DETECTORS, made.maps["score"]), misfit=misfit))
+    assert results.count()["unlike_calibration"] == 1
+    assert results.warnings["abnormal", "fits"] == ["low"]
+    misfit = results.warnings["abnormal", "not"][1]
+    assert "reconstructed 2.6 times as badly" in misfit
+    assert "training/calibrate.py" in misfit

@@ -134,6 +134,14 @@ def test_warnings_come_before_the_verdict_and_are_said_even_where_the_rest_is_si
     assert "RAS is assumed, as --axes says" in found["unlike_training"][0]
 
 
+def test_a_scan_of_another_scanner_is_told_to_calibrate(folder, capsys):
+    calibrate(folder, [0.0] * 39, bulk=torch.full((39,), 1e-6))
+    assert run_scan(folder, "--quiet") == 0
+    assert "calibrate the model on healthy scans of this scanner" in capsys.readouterr().err
+    calibrate(folder, [0.0] * 39)
+    assert not [why for why in run_json(folder, capsys)["scans"][0]["unlike_training"] if "calibrate" in why]
+
+
 def test_several_scans_a_bad_one_among_them(folder, capsys):
     (folder / "bad_T1w.nii.gz").write_bytes(b"nothing")
     nib.save(make_head(seed=1), folder / "other_T1w.nii.gz")

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from common.cli import DataError
-from evaluation.test_set import clear_folder, explain_no_flag, hash_records, read_kinds
+from evaluation.predictor import DETECTORS
+from evaluation.test_set import clear_folder, explain_no_flag, hash_records, log_figures, read_kinds
 from preprocessing.store import list_scans
 
 OWN = [
@@ -101,3 +102,13 @@ def test_why_no_scan_can_be_flagged():
     assert "no scan can be flagged at 0.05: that needs 19 normal validation scans, the model has 18" in words
     assert "0.053 or more" in words, "1 / 19, rounded up"
     assert explain_no_flag(0.053, 18) is None
+
+
+@pytest.mark.parametrize("unlike", [0, 2])
+def test_it_is_said_where_scans_do_not_fit_the_calibration(unlike, caplog):
+    content = {"figures": {name: {} for name in DETECTORS}, "flagged": {}, "calibration": {"normal_scans": 39}}
+    counts = {"normal": 2, "abnormal": 1, "unlike_calibration": unlike}
+    log_figures(content | {"settings": {"false_positive_rate": 0.05}, "counts": counts})
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == bool(unlike)
+    assert all("2 of 3 scans do not fit" in line and "training/calibrate.py" in line for line in warned)

@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,10 +86,10 @@ def test_two_processes_train_one_model(processed, tmp_path):
     assert result.stdout.count("model in") == 1
     rows = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
     assert load_model(tmp_path / "two/model.pt")[1]["step"] > 0
-    for one, two in zip(*rows, strict=True):
-        assert one["step"] == two["step"]
-        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.2)
-        assert float(two["val_loss"]) == pytest.approx(float(one["val_loss"]), rel=0.2)
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for name in ("train_loss", "val_loss"):  # over all five steps: of one step's random numbers a loss depends too much
+        one, two = (np.mean([float(row[name]) for row in table]) for table in rows)
+        assert two == pytest.approx(one, rel=0.15)
 
 
 def test_second_run_does_nothing_and_other_flags_are_refused(processed, run, capsys):
@@ -228,7 +229,7 @@ def test_defaults(monkeypatch):
     dae, cae = (take_config(monkeypatch, "--model", model) for model in ("dae", "cae"))
     assert dae["network"] == {"model": "dae", "width": 64, "depth": 3}
     assert cae["network"] == {"model": "cae", "width": 32, "latent": 64}
-    assert (dae["steps"], cae["steps"]) == (50000, 3000)
+    assert (dae["steps"], cae["steps"]) == (36000, 3000)
     assert take_config(monkeypatch)["network"]["model"] == "dae"
     kept = {"batch_size": 16, "lr": 1e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
     assert {name: dae[name] for name in kept} == kept

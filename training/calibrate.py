@@ -1,7 +1,7 @@
-"""Calibrate a trained model anew, on healthy scans of the scanner that it is to be used on.
+"""Take a trained model to another scanner, by healthy scans of it: ten or more, as preprocess_oasis.py wrote them.
 
-Takes seconds and trains nothing: the weights stay, what healthy scans show is measured again. Ten scans or more, as
-preprocess_oasis.py wrote them. Where nobody knows which scans are healthy, --unlabelled calibrates on a whole cohort.
+The model is trained on them for a minute, and what healthy scans show is measured anew. Where it is not known which
+scans are healthy, --unlabelled takes a whole cohort: most of most scans is.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from tqdm import tqdm
+from common.interrupts import stop_in_one_line
 
-from common.cli import DataError, HelpFormatter, log, parse_flags, run_script, set_up_logging
-from common.device import PRECISIONS, add_device_flag, choose_device, keep_freed_memory
+if __name__ == "__main__":
+    stop_in_one_line()  # while the rest is imported
+
+import torch
+
+from common.cli import DataError, HelpFormatter, bounded, log, parse_flags, run_script, set_up_logging
+from common.device import add_device_flag, choose_device, keep_freed_memory
 from common.files import hold_folder
-from models.anomaly import reconstruct
-from models.calibration import Calibration, Compared, count_needed_scans
+from models.calibration import count_needed_scans
 from models.checkpoint import load_model, save_checkpoint
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
+from training.adaptation import STEPS, adapt
 
 FEW_SCANS = 10
 EXAMPLE = """example:
@@ -43,44 +47,32 @@ def find_scans(data: Path, unlabelled: bool) -> list[StoredScan]:
     return scans
 
 
-def load_run(run: Path, device: torch.device) -> tuple[torch.nn.Module, dict]:
-    """`load_model` of the run; DataError where the content lacks what a new calibration needs."""
+def load_run(run: Path, device: torch.device) -> dict:
+    """The content of the run's model.pt; DataError where it lacks what a new calibration needs."""
     path = run / "model.pt"
-    model, content = load_model(path, device)
+    _, content = load_model(path, device)
     missing = {"slices", "seen", "precision"} - content.keys()
     if missing:
         raise DataError(f"{path}: does not hold a model of this version ({', '.join(sorted(missing))}); train again")
-    return model, content
-
-
-def compare(model: torch.nn.Module, content: dict, scans: list[StoredScan], hide_bar: bool | None) -> list[Compared]:
-    """Each scan with its reconstruction, as `Calibration.fit` takes them."""
-    device, precision = next(model.parameters()).device, PRECISIONS[content["precision"]]
-    compared = []
-    for scan in tqdm(scans, desc="reconstructing", unit="scan", disable=hide_bar):
-        stack, sampling_mm = torch.from_numpy(scan.read_stack()).float().to(device), scan.geometry.sampling_mm
-        compared.append((stack, reconstruct(model, stack, sampling_mm[0], precision=precision), sampling_mm))
-    return compared
+    return content
 
 
 def calibrate(args: argparse.Namespace, device: torch.device) -> None:
-    """Write `out`/model.pt: the model of `run` with a new calibration."""
+    """Write `out`/model.pt: the model of `run`, adapted to these scans and calibrated on them."""
     if args.out.resolve() == args.run.resolve() or (args.out / "last.pt").exists():
         raise DataError(f"{args.out}: holds a training run; give another --out")
-    model, content = load_run(args.run, device)
+    content = load_run(args.run, device)
     scans = find_scans(args.data, args.unlabelled)
     check_same_settings(scans, content["slices"])
     seen = set(content["seen"])
     if known := sum(not seen.isdisjoint(scan.hashes) for scan in scans):
         log.warning("%d of these scans are known to the model; those that it was trained on look too normal", known)
     with hold_folder(args.out, "--out"):
-        calibration = Calibration.fit(compare(model, content, scans, args.quiet or None), robust=args.unlabelled)
-        content["calibration"] = calibration.to_state()
-        content["seen"] = sorted(seen.union(*(scan.hashes for scan in scans)))
+        content = adapt(content, scans, args.steps, device, robust=args.unlabelled, quiet=args.quiet)
         save_checkpoint(args.out / "model.pt", content)
     log.info("calibrated on %d scans; model in %s", len(scans), args.out / "model.pt")
     if args.unlabelled:
-        log.info("nobody says that these are healthy: p-values compare a scan with this cohort")
+        log.info("it is not known that these scans are healthy: p-values compare a scan with this cohort")
     for rate in (0.05, 0.1):
         if count_needed_scans(rate) > len(scans):
             log.info("a false-positive rate of %g needs %d scans", rate, count_needed_scans(rate))
@@ -96,8 +88,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unlabelled", action="store_true", help="take all scans, healthy or not; most of them must be"
     )
+    parser.add_argument(
+        "--steps",
+        type=bounded(int, least=0),
+        default=STEPS,
+        help="optimiser steps on these scans; 0: none, only measure",
+    )
     add_device_flag(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress, nothing on standard output; errors remain")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     return parser
 
 

@@ -1,9 +1,10 @@
 """What varies between healthy scans, and what the denoising model learns to undo.
 
-`vary_appearance` turns a healthy slice into one that another scanner or subject could have given. It is applied to the
-input and to the target, so that the model learns to leave such differences alone. `corrupt` is applied to the input
-only: coarse noise (Kascenas et al., MIDL 2022), and blobs of graded strength, foreign tissue and local warps (after
-Naval Marimont et al., "DISYRE", 2024). All of it is general on purpose: no lesion is imitated.
+`make_pair` is a training step's input and target. `vary_anatomy` and `scan` turn a healthy slice into one that another
+subject, sequence or scanner could have given: of the input and of the target, so that the model learns to leave such
+differences alone. `corrupt` changes the input only: coarse noise (Kascenas et al., MIDL 2022), and blobs of graded
+strength with sharp or gradual edges, foreign tissue and local warps (after Naval Marimont et al., "DISYRE", 2024). All
+of it is general on purpose: no lesion is imitated.
 
 Slices are (B, C, H, W) float32 in [0, 1] with the background at 0. The C channels are neighbouring slices of one scan;
 what happens to one happens to all, as it would in a brain. Every function draws from the generator that it is given,
@@ -18,23 +19,51 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from models.autoencoder import take_middle
+
 FLOOR = 1e-3  # brain pixels stay above 0
 SMALL_BLOB = 8.0  # radius
 CHANNEL_SPACING = 2.56  # from one channel to the next: 4 mm
-GRIDS = (6, 12, 24)  # cells along each side of the grids of coarse noise
+GRIDS = (6, 12, 24)  # cells along each side of the grids of coarse noise within blobs
+NOISE_GRIDS = (12, 24)  # over the whole slice: 6 cells would look like another sequence, which must be left alone
+REGION_GRIDS = (6, 8)
+FLUID_BELOW = 0.45  # values that are fluid, or partly
 
 
-def vary_appearance(slices: Tensor, generator: Generator) -> Tensor:
-    """Healthy slices as other scanners and subjects would give them. Same shape, in [0, 1], background 0."""
-    b = len(slices)
+def make_pair(slices: Tensor, corrupted: bool, generator: Generator) -> tuple[Tensor, Tensor]:
+    """(input (B, C, H, W), target (B, 1, H, W)) of a training step, in [0, 1], from healthy slices (B, C, H, W).
+
+    Anatomy is varied, then corrupted for the input alone, then both are scanned with the same scanner and its very
+    noise. If noise came before corruption, the model would learn to find what is corrupted by its missing noise. That
+    works on the scanner it is trained on and no other, and on no real lesion.
+    """
+    anatomy = vary_anatomy(slices, generator)
+    source = corrupt(anatomy, generator) if corrupted else anatomy
+    both = scan(torch.cat([source, take_middle(anatomy)], 1), generator)
+    return both[:, :-1], both[:, -1:]
+
+
+def vary_anatomy(slices: Tensor, generator: Generator) -> Tensor:
+    """Healthy slices as other subjects and sequences would give them. Same shape, in [0, 1], background 0."""
     x = change_pose(slices, generator)
-    brain = x > 0
-    # contrast: a power, which keeps 0 and 1; then a bias field, and a gain because fields vary from slice to slice
-    x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal((b, 1, 1, 1), generator) * 0.25))
-    field = make_smooth_noise(x.shape, (2, 3, 4), generator) * _uniform((b, 1, 1, 1), 0, 0.35, generator)
-    x = x * torch.exp(field + _normal((b, 1, 1, 1), generator) * 0.08)
+    brain, each = x > 0, (len(x), 1, 1, 1)
+    # contrast: a power, which keeps 0 and 1, and a level of fluid
+    x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal(each, generator) * 0.35))
+    x = x + _normal(each, generator) * 0.1 * (1 - x / FLUID_BELOW).clamp(min=0)
+    # sequences differ in how bright one region is beside the next, the thalami beside the insula
+    x = x * torch.exp(make_smooth_noise(x.shape, REGION_GRIDS, generator) * _uniform(each, 0, 0.1, generator))
+    x = change_some(x, 0.5, blur, generator)  # less of the noise that these scans came with
+    return torch.where(brain, x.clamp(FLOOR, 1), 0)
+
+
+def scan(pairs: Tensor, generator: Generator) -> Tensor:
+    """Slices (B, C + 1, H, W) through a scanner: the last channel is the middle one again, and treated as that is."""
+    x, brain, each = pairs, pairs > 0, (len(pairs), 1, 1, 1)
+    # a bias field, and a gain because fields vary from slice to slice
+    field = make_smooth_noise(x.shape, (2, 3, 4), generator) * _uniform(each, 0, 0.45, generator)
+    x = x * torch.exp(field + _normal(each, generator) * 0.1)
     x = change_some(x, 0.5, blur, generator)
-    x = change_some(x, 0.5, add_fine_noise, generator)
+    x = change_some(x, 0.6, add_fine_noise, generator)
     x = torch.where(brain, x.clamp(FLOOR, 1), 0)
     # brain masks differ between tools: some slices lose 1 or 2 pixels of their rim
     x = change_some(x, 0.4, erode, generator)
@@ -42,8 +71,11 @@ def vary_appearance(slices: Tensor, generator: Generator) -> Tensor:
 
 
 def change_pose(x: Tensor, generator: Generator) -> Tensor:
-    """Mirror half of the slices left to right, and rotate, scale and shift all a little."""
-    b, c = x.shape[:2]
+    """Mirror half of the slices left to right; rotate, scale, shift and warp all a little, as brains differ in shape.
+
+    The warp moves neighbours alike, by some 2.5 pixels at most.
+    """
+    b = len(x)
     angle = _normal((b,), generator) * 0.07
     scale = torch.exp(_normal((2, b), generator) * 0.05)
     mirror = torch.sign(_uniform((b,), -1, 1, generator))
@@ -55,9 +87,11 @@ def change_pose(x: Tensor, generator: Generator) -> Tensor:
         ],
         1,
     )
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    warp = [make_smooth_noise(x.shape, (3, 5, 8), generator)[:, 0] for _ in range(2)]
+    warp = torch.stack(warp, -1) * _uniform_each(x, 0, 2.5 * 2 / x.shape[-1], generator)
+    grid = F.affine_grid(theta, x.shape, align_corners=False) + warp
     moved = F.grid_sample(torch.cat([x, (x > 0).float()], 1), grid, align_corners=False)
-    values, brain = moved[:, :c], moved[:, c:]
+    values, brain = moved.chunk(2, 1)
     return (values / brain.clamp(min=0.5)).clamp(min=FLOOR) * (brain > 0.5)  # the rim does not fade
 
 
@@ -70,8 +104,9 @@ def blur(x: Tensor, generator: Generator) -> Tensor:
 
 
 def add_fine_noise(x: Tensor, generator: Generator) -> Tensor:
-    """Add a scanner's noise, independent from pixel to pixel."""
-    return x + _normal(x.shape, generator) * _uniform_each(x, 0, 0.03, generator)
+    """Add a scanner's noise, independent from pixel to pixel; the last channel gets that of the middle one."""
+    noise = _normal((len(x), x.shape[1] - 1, *x.shape[2:]), generator)
+    return x + torch.cat([noise, take_middle(noise)], 1) * _uniform_each(x, 0, 0.04, generator)
 
 
 def erode(x: Tensor, _: Generator) -> Tensor:
@@ -85,11 +120,22 @@ def corrupt(slices: Tensor, generator: Generator) -> Tensor:
     """Slices with something wrong in them, for the model to undo. Same shape, in [0, 1], the brain stays the brain."""
     blurred = average_brain(slices)
     x = change_some(slices, 0.4, warp_locally, generator)
-    for share in (0.75, 0.75, 0.5):
+    for share in (0.5, 0.5, 0.25):
         chosen = _choose(len(x), share, generator)
         x = x.index_copy(0, chosen, paint_blob(x[chosen], blurred[chosen], generator))
+    x = change_some(x, 0.5, infiltrate, generator)
+    x = change_some(x, 0.5, infiltrate, generator)
     x = change_some(x, 0.5, add_coarse_noise, generator)
     return torch.where(slices > 0, x.clamp(FLOOR, 1), 0)
+
+
+def infiltrate(x: Tensor, generator: Generator) -> Tensor:
+    """Pull tissue down to a level within a blob that fades out over centimetres, or up to one; what is beyond stays."""
+    blob = F.interpolate(F.avg_pool2d(draw_blob(x, generator), 4), scale_factor=4.0, mode="bilinear")
+    level, darker = _uniform_each(x, 0.1, 1, generator), _uniform_each(x, 0, 1, generator) < 0.8
+    missing = level - x
+    missing = torch.where(darker, missing.clamp(max=0), missing.clamp(min=0))
+    return x + blob * _uniform_each(x, 0.2, 1, generator) * missing
 
 
 def warp_locally(x: Tensor, generator: Generator) -> Tensor:
@@ -149,7 +195,7 @@ def draw_blob(x: Tensor, generator: Generator) -> Tensor:
 
 def add_coarse_noise(x: Tensor, generator: Generator) -> Tensor:
     """Add Gaussian noise of coarse grids; their mix and the strength vary from slice to slice."""
-    return x + make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0.02, 0.2, generator)
+    return x + make_smooth_noise(x.shape, NOISE_GRIDS, generator) * _uniform_each(x, 0.02, 0.2, generator)
 
 
 def average_brain(x: Tensor) -> Tensor:

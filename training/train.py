@@ -52,7 +52,7 @@ from training.dataset import SliceDataset
 from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
-DEFAULTS = {"dae": {"width": 64, "steps": 50000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+DEFAULTS = {"dae": {"width": 64, "steps": 36000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
 NO_STATE = "is not the state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
@@ -214,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=bounded(int, least=1, most=6), default=3, help="levels of the dae")
     parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 50000 for dae, "
+        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 36000 for dae, "
         "3000 for cae"
     )  # fmt: skip
     parser.add_argument("--batch-size", type=count, default=16, help="slices a step")

@@ -19,28 +19,19 @@ from tqdm import tqdm
 from common import distributed
 from common.cli import DataError, log
 from common.device import PRECISIONS
-from models.anomaly import compute_residual, reconstruct
+from models.anomaly import compute_residual
 from models.autoencoder import take_middle
-from models.calibration import Calibration, Compared
+from models.calibration import Calibration, Compared, compare
 from models.checkpoint import build_model, save_checkpoint
 from preprocessing.store import check_same_settings
 from training.batches import count_epoch_steps, pick_batch, schedule_learning_rate, seed_generator
-from training.corruption import corrupt, vary_appearance
+from training.corruption import corrupt, make_pair
 from training.dataset import SliceDataset
 from training.run_log import LOG_COLUMNS, RunLog, draw_reconstructions, write_log
 
 READ_LOSSES_EVERY = 20  # steps; a GPU waits each time
 SAVE_EVERY_S = 60.0  # within an epoch
 LARGEST_GRADIENT = 0.1  # norm; 0.03 is typical, and a burst of 20 once threw a run back by thousands of steps
-
-
-def make_pair(clean: torch.Tensor, corrupted: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input (B, C, H, W), target (B, 1, H, W)) of a training step, from healthy slices (B, C, H, W) in [0, 1].
-
-    Input and target have the same varied appearance; only the input is corrupted.
-    """
-    varied = vary_appearance(clean, generator)
-    return (corrupt(varied, generator) if corrupted else varied), take_middle(varied)
 
 
 def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +107,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The loss over all validation slices, corrupted the same way each time; the processes share the batches."""
+        """The loss over all validation slices, varied and the same each time; the processes share them."""
         distributed.share_statistics(self.model)
         self.model.eval()
         count, size = len(self.validation), self.config["batch_size"]
@@ -124,8 +115,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = self.validation.read_batches(range(start, min(start + size, count)) for start in starts)
         for start, clean in zip(starts, batches, strict=True):
-            source = corrupt(clean, seed_generator(self.device, 0, start)) if self.model.corrupted else clean
-            squares, pixels = sum_squares(self.forward(self.model, source), take_middle(clean))
+            source, target = make_pair(clean, self.model.corrupted, seed_generator(self.device, 0, start))
+            squares, pixels = sum_squares(self.forward(self.model, source), target)
             total += squares / pixels * len(clean)
         self.model.train()
         return distributed.all_reduce(total).item() / count
@@ -232,15 +223,12 @@ class Trainer:
         write_log(self.run, self.rows)  # again: the run may have been killed between last.pt and its log
         self.model.load_state_dict(self.best["weights"])
         self.model.eval()
-        compared = _Reconstructed(self)
-        if self.validation.slices is not None:  # they fit into memory, so their reconstructions do
-            compared = list(tqdm(compared, desc="calibrating", unit="scan", disable=self.hide_bars))
         draw_reconstructions(self.run / "reconstructions.png", self.show_reconstructions())
         scans = [*self.train.scans, *self.validation.scans]
         content = {
             "config": self.config["network"],
             "weights": self.best["weights"],
-            "calibration": Calibration.fit(compared).to_state(),
+            "calibration": Calibration.fit(self.compare_validation()).to_state(),
             "slices": check_same_settings(scans),
             "seen": sorted({one for scan in scans for one in scan.hashes}),
             "precision": self.config["precision"],
@@ -248,6 +236,13 @@ class Trainer:
             "val_loss": self.best["val_loss"],
         }
         save_checkpoint(self.run / "model.pt", content)
+
+    def compare_validation(self) -> Sequence[Compared]:
+        """The validation scans with their reconstructions, as `Calibration.fit` takes them."""
+        compared = _Reconstructed(self)
+        if self.validation.slices is None:
+            return compared
+        return list(tqdm(compared, desc="calibrating", unit="scan", disable=self.hide_bars))  # both fit into memory
 
     @torch.inference_mode()
     def show_reconstructions(self, count: int = 8) -> dict[str, np.ndarray]:
@@ -279,9 +274,8 @@ class _Reconstructed(Sequence):
 
     def __getitem__(self, number: int) -> Compared:
         trainer, scan = self.trainer, self.trainer.validation.scans[number]
-        stack = torch.from_numpy(scan.read_stack()).float().to(trainer.device)
-        sampling_mm, batch_size = scan.geometry.sampling_mm, trainer.config["batch_size"]
-        return stack, reconstruct(trainer.model, stack, sampling_mm[0], batch_size, trainer.precision), sampling_mm
+        batch_size = trainer.config["batch_size"]
+        return compare(trainer.model, scan.read_stack(), scan.geometry.sampling_mm, batch_size, trainer.precision)
 
 
 class _Clock:
