@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:
@@ -28,11 +28,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
 from benchmarks.gallery import Gallery
-from benchmarks.lesions import paint_lesion
+from benchmarks.lesions import VOLUME_ML, paint_lesion
 from common.cli import DataError, HelpFormatter, bounded, run_script
 from evaluation.metrics import VOLUME_BINS, VoxelCounts, list_lesions, measure_detectability, name_volume, rate
 from evaluation.predictor import Prediction, Predictor
@@ -66,6 +67,13 @@ def read_sets(folder: Path, copies: int, test: bool) -> Iterator[tuple[str, list
             yield f"{place.name} dev", halve(healthy, copies)
         if tested:
             yield f"{place.name} test", [Part(tested, healthy)]
+
+
+def shrink_brain(scan: LoadedScan) -> LoadedScan:
+    """The scan as another tool would strip it: its brain a pixel smaller all round."""
+    brain = ndimage.binary_erosion(scan.stack > 0, np.ones((1, 3, 3)))
+    lesion = None if scan.lesion is None else scan.lesion & brain
+    return replace(scan, stack=np.where(brain, scan.stack, 0), lesion=lesion)
 
 
 def halve(healthy: list[StoredScan], copies: int) -> list[Part]:
@@ -111,7 +119,8 @@ class Tally:
         abnormal = scan.label == "abnormal"
         if abnormal and lesion[inside].any():
             self.scan_aps.append(average_precision_score(lesion[inside], anomaly[inside]))
-            kind = self.kinds.get(CONTRAST.sub("", scan.name)) or scan.name.rpartition("_")[2]  # a painted one's name
+            painted = scan.name.rpartition("_")[2]
+            kind = painted if painted in VOLUME_ML else self.kinds.get(CONTRAST.sub("", scan.name))
             who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
             found = list_lesions(lesion, anomaly, prediction.threshold, scan.geometry.sampling_mm)
             self.lesions += [who | one for one in found]
@@ -131,7 +140,7 @@ class Tally:
             figures = {name: voxels[name]["value"] for name in ("voxel_ap", "best_dice")}
             figures["scan_ap"] = float(np.mean(self.scan_aps))
             figures["dice"] = float(2 * self.flagged[0] / (self.flagged[1] + self.flagged[2]))
-            kinds = sorted({lesion["kind"] for lesion in self.lesions})
+            kinds = sorted({lesion["kind"] for lesion in self.lesions if lesion["kind"]})
             figures["by_kind"] = measure_detectability(self.lesions, lambda lesion: lesion["kind"], kinds)
             figures["by_volume"] = measure_detectability(self.lesions, name_volume, VOLUME_BINS)
         for level, rows in (("slice", self.slices), ("scan", self.scans)):
@@ -174,7 +183,7 @@ class Benchmark:
                     if count:
                         cells += f"  {count['flagged']}/{count['scans']} ({count['low']:.2f}-{count['high']:.2f})"
                 table[f"{name}, {calibration}"] = figures
-                print(f"{run.name:24}{name:16}{calibration:9}{cells}", flush=True)
+                print(f"{run.name:24}{name:24}{calibration:9}{cells}", flush=True)
         return table
 
     def _predict(self, run: Path, name: str, parts: list[Part], calibration: str) -> Tally:
@@ -202,6 +211,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--copies", type=bounded(int, least=1), default=2, help="painted lesions of each validation scan, one a copy"
     )
     parser.add_argument("--test", action="store_true", help="the test scans as well; look at them when all is chosen")
+    parser.add_argument(
+        "--shrunk", action="store_true", help="each set also with brains a pixel smaller, as another tool strips them"
+    )
     parser.add_argument("--steps", type=bounded(int, least=0), default=STEPS, help="training steps of `adapted`")
     parser.add_argument("--pictures", type=Path, help="folder for a page with the ten worst false positives and misses")
     return parser
@@ -212,15 +224,21 @@ def main(argv: list[str] | None = None) -> int:
     if not args.sets.is_dir():
         raise DataError(f"{args.sets}: no such folder; give --sets the folder that holds the sets")
     kinds = {table.parent.name: read_kinds(table) for table in args.sets.glob("*/lesions.csv")}
+    sets = list(read_sets(args.sets, args.copies, args.test))
+    if args.shrunk:
+        sets += [
+            (f"{name} shrunk", [Part([shrink_brain(scan) for scan in part.scans], []) for part in parts])
+            for name, parts in sets
+        ]
     benchmark = Benchmark(
-        sets=list(read_sets(args.sets, args.copies, args.test)),
+        sets=sets,
         kinds=kinds,
         steps=args.steps,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         gallery=Gallery() if args.pictures else None,
     )
     heads = "".join(f"{figure.replace('_', ' '):>12}" for figure in FIGURES)
-    print(f"{'':49}{heads}  false positives at {' and '.join(map(str, RATES))}")
+    print(f"{'':57}{heads}  false positives at {' and '.join(map(str, RATES))}")
     figures = {str(run): benchmark.measure(run) for run in args.runs}
     if benchmark.gallery:
         benchmark.gallery.write(args.pictures)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks import detection
-from benchmarks.detection import Tally, halve
+from benchmarks.detection import Tally, halve, shrink_brain
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML
 from common.cli import DataError
@@ -144,3 +145,12 @@ def test_the_gallery_keeps_the_worst_and_says_what_they_are(tmp_path):
     assert "100% found" in page
     assert "0.30 brighter than its reconstruction" in page
     assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_a_shrunk_brain_has_lost_a_pixel_of_its_rim_and_nothing_else():
+    scan = make_prediction().scan
+    shrunk = shrink_brain(scan)
+    brain = ndimage.binary_erosion(scan.stack > 0, np.ones((1, 3, 3)))
+    np.testing.assert_array_equal(shrunk.stack, np.where(brain, scan.stack, 0))
+    np.testing.assert_array_equal(shrunk.lesion, scan.lesion & brain)
+    assert shrink_brain(replace(scan, lesion=None)).lesion is None

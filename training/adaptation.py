@@ -13,9 +13,9 @@ from preprocessing.store import StoredScan
 from training.dataset import SliceDataset
 from training.trainer import Trainer
 
-STEPS = 300
+STEPS = 900
 BATCH_SIZE = 16
-PEAK_LEARNING_RATE = 1e-4  # a tenth of that of a training: what the model knows is to stay
+PEAK_LEARNING_RATE = 3e-4  # a third of that of a training: what the model knows is to stay
 
 
 def adapt(

@@ -33,9 +33,9 @@ FLUID_BELOW = 0.45  # values that are fluid, or partly
 def make_pair(slices: Tensor, corrupted: bool, generator: Generator) -> tuple[Tensor, Tensor]:
     """(input (B, C, H, W), target (B, 1, H, W)) of a training step, in [0, 1], from healthy slices (B, C, H, W).
 
-    Anatomy is varied, then corrupted for the input alone, then both are scanned with the same scanner and its very
-    noise. If noise came before corruption, the model would learn to find what is corrupted by its missing noise. That
-    works on the scanner it is trained on and no other, and on no real lesion.
+    Anatomy is varied, then corrupted for the input alone, then both are scanned with the same scanner and the same
+    noise: noise that is missing where something is painted would tell the model where to look, and a real lesion has
+    the scanner's noise.
     """
     anatomy = vary_anatomy(slices, generator)
     source = corrupt(anatomy, generator) if corrupted else anatomy
