@@ -93,7 +93,7 @@ def paint(scan: LoadedScan, number: int, copies: int) -> list[LoadedScan]:
     return [paint_lesion(scan, np.random.default_rng([number, copy]))[0] for copy in range(copies)]
 
 
-def take_along(run: Path, scans: list[StoredScan], steps: int, device: torch.device) -> Predictor:
+def adapt_predictor(run: Path, scans: list[StoredScan], steps: int, device: torch.device) -> Predictor:
     """The predictor of a run, adapted to these healthy scans (0 steps: not) and calibrated on them."""
     content = adapt(load_checkpoint(run / "model.pt"), scans, steps, device, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +192,7 @@ class Benchmark:
             if calibration == "own":
                 used = Predictor.load(run / "model.pt", self.device)
             else:
-                used = take_along(run, part.healthy, self.steps * (calibration == "adapted"), self.device)
+                used = adapt_predictor(run, part.healthy, self.steps * (calibration == "adapted"), self.device)
             for scan in tqdm(part.scans, unit="scan", leave=False, disable=None):
                 prediction = used.predict(scan, baselines=False)
                 tally.add(prediction)

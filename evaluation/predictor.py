@@ -151,7 +151,7 @@ class Predictor:
             slice_rows=self._list_slices(scan, slice_scores),
             scan_row=self._describe_scan(scan, scan_scores),
             threshold=threshold,
-            misfit=self.calibration.compare_bulk(find_median(divided[brain])),
+            misfit=self.calibration.measure_misfit(find_median(divided[brain])),
         )
 
     def _list_slices(self, scan: LoadedScan, scores: dict[str, torch.Tensor]) -> list[dict]:

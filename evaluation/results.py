@@ -43,8 +43,10 @@ class Results:
         scan = prediction.scan
         self.slices += prediction.slice_rows
         self.scans.append(prediction.scan_row)
-        self.misfits += prediction.misfit is not None
-        warnings = [*scan.warnings, *([explain_misfit(prediction.misfit)] if prediction.misfit else [])]
+        warnings = list(scan.warnings)
+        if prediction.misfit:
+            self.misfits += 1
+            warnings.append(explain_misfit(prediction.misfit))
         if warnings:
             self.warnings[scan.label, scan.name] = warnings
         self.regions += [{"label": scan.label, "scan": scan.name} | region for region in prediction.regions]

@@ -44,7 +44,7 @@ STATE_KEYS = {  # field: its key in model.pt
     "scan_scores": "scan_scores",
     "slice_scores": "slice_scores",
     "voxel_threshold": "threshold",
-    "bulk": "bulk",
+    "median_residuals": "median_residuals",
 }
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
@@ -60,7 +60,7 @@ class Calibration:
     scan_scores        (scans,) sorted
     slice_scores       (slices,) sorted
     voxel_threshold    the anomaly above which VOXELS_FLAGGED of a healthy brain lies
-    bulk               (scans,) sorted medians over each brain of `divide`; (0,) in models of before it was kept
+    median_residuals   (scans,) sorted medians over each brain of `divide`; (0,) in models of before they were kept
     """
 
     expected_residual: torch.Tensor
@@ -70,7 +70,7 @@ class Calibration:
     scan_scores: torch.Tensor
     slice_scores: torch.Tensor
     voxel_threshold: float
-    bulk: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    median_residuals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def fit(cls, scans: Sequence[Compared], robust: bool = False) -> Calibration:
@@ -126,7 +126,7 @@ class Calibration:
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
         """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
-        state = {"bulk": torch.empty(0)} | state
+        state = {"median_residuals": torch.empty(0)} | state
         values = {name: state[key] for name, key in STATE_KEYS.items()}
         _refuse_not_finite(values)
         size = values["intensity"].shape[-1]
@@ -158,16 +158,16 @@ class Calibration:
         divided = self.divide(residual, brain)
         return divided / max(find_median(divided[brain]), 1e-6)
 
-    def compare_bulk(self, bulk: float) -> float | None:
+    def measure_misfit(self, median_residual: float) -> float | None:
         """How many times as large as healthy scans' a scan's median of `divide` is; None where that may be chance.
 
         A lesion hardly changes a median over the brain; another scanner does. Chance goes up to twice as far above the
         healthy scans' median as the highest of them, on a logarithmic scale.
         """
-        if not len(self.bulk):
+        if not len(self.median_residuals):
             return None
-        middle, highest = float(self.bulk.median()), float(self.bulk[-1])
-        return bulk / middle if bulk > highest * (highest / middle) else None
+        middle, highest = float(self.median_residuals.median()), float(self.median_residuals[-1])
+        return median_residual / middle if median_residual > highest * (highest / middle) else None
 
     def divide(self, residual: Residual, brain: torch.Tensor) -> torch.Tensor:
         """|residual| / expected residual: (n, H, W) not yet smoothed, NaN outside the brain."""
@@ -262,16 +262,16 @@ def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tens
 def _score_scans(
     scans: Iterable[tuple[Calibration, Residual, torch.Tensor, tuple[float, float]]],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(the sorted scores and bulks of healthy scans, (scans, 10001) quantiles of their maps).
+    """(the sorted scores and median residuals of healthy scans, (scans, 10001) quantiles of their maps).
 
     Of each scan: what is expected of it, its residual, its brain, sampling_mm.
     """
-    found, quantiles = {"scan_scores": [], "slice_scores": [], "bulk": []}, []
+    found, quantiles = {"scan_scores": [], "slice_scores": [], "median_residuals": []}, []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
     for expected, residual, brain, sampling_mm in scans:
         divided = expected.divide(residual, brain)
         anomaly = smooth_map(divided, sampling_mm)
-        found["bulk"].append(torch.tensor([find_median(divided[brain])]))
+        found["median_residuals"].append(torch.tensor([find_median(divided[brain])]))
         found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
         found["slice_scores"].append(score_slices(anomaly))
         quantiles.append(_find_quantiles(anomaly[brain], shares))

@@ -268,7 +268,7 @@ def test_model_pt_keeps_it_under_its_old_names():
     calibration = fit([make_scan(1), make_scan(2)])
     state = calibration.to_state()
     old = ["expected", "looks", "by_look", "intensity", "scan_scores", "slice_scores", "threshold"]
-    assert list(state) == [*old, "bulk"]
+    assert list(state) == [*old, "median_residuals"]
     for name, values in state.items():
         assert values.dtype == torch.float32, name
         assert torch.isfinite(values).all(), name
@@ -284,7 +284,7 @@ def test_model_pt_keeps_it_under_its_old_names():
 @pytest.mark.parametrize(("name", "key"), STATE_KEYS.items())
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_calibration_of_no_numbers_is_neither_written_nor_read(name, key, value):
-    good = replace(make_calibration([1.0, 2.0]), bulk=torch.ones(2))
+    good = replace(make_calibration([1.0, 2.0]), median_residuals=torch.ones(2))
     values = torch.as_tensor(getattr(good, name)).clone()
     values.view(-1)[0] = value
     words = f"the {name.replace('_', ' ')} of its calibration is not finite"
@@ -307,28 +307,28 @@ def test_it_moves_to_another_device():
     assert moved.voxel_threshold > 0
 
 
-def test_the_bulk_of_a_scan_is_its_median_residual_over_what_is_expected():
+def test_the_median_residual_of_a_scan_is_over_what_is_expected():
     scans = [make_scan(seed) for seed in range(5)]
     calibration = fit(scans)
-    assert calibration.bulk.shape == (5,)
-    assert torch.equal(calibration.bulk, calibration.bulk.sort().values)
+    assert calibration.median_residuals.shape == (5,)
+    assert torch.equal(calibration.median_residuals, calibration.median_residuals.sort().values)
     stack, reconstruction, sampling_mm = as_tensors(make_scan(9))
     divided = calibration.divide(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
     assert divided.isfinite().equal(stack > 0)
     normalised = calibration.normalise(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
     median = find_median(divided[stack > 0])
     torch.testing.assert_close(normalised[stack > 0], divided[stack > 0] / median)
-    assert calibration.bulk[0] * 0.8 < median < calibration.bulk[-1] * 1.2
+    assert calibration.median_residuals[0] * 0.8 < median < calibration.median_residuals[-1] * 1.2
 
 
 def test_a_scan_fits_up_to_twice_as_far_from_the_median_as_the_highest_healthy_one():
-    calibration = replace(fit([make_scan(1), make_scan(2)]), bulk=torch.tensor([0.8, 1.0, 1.5]))
-    assert calibration.compare_bulk(2.2) is None
-    assert calibration.compare_bulk(2.3) == pytest.approx(2.3)
-    assert replace(calibration, bulk=torch.empty(0)).compare_bulk(99.0) is None
+    calibration = replace(fit([make_scan(1), make_scan(2)]), median_residuals=torch.tensor([0.8, 1.0, 1.5]))
+    assert calibration.measure_misfit(2.2) is None
+    assert calibration.measure_misfit(2.3) == pytest.approx(2.3)
+    assert replace(calibration, median_residuals=torch.empty(0)).measure_misfit(99.0) is None
 
 
-def test_a_calibration_of_before_the_bulk_was_kept_still_loads():
+def test_a_calibration_of_before_median_residuals_were_kept_still_loads():
     state = fit([make_scan(1), make_scan(2)]).to_state()
-    del state["bulk"]
-    assert Calibration.from_state(state).compare_bulk(99.0) is None
+    del state["median_residuals"]
+    assert Calibration.from_state(state).measure_misfit(99.0) is None

@@ -100,12 +100,16 @@ def test_the_script_ends_with_a_line_of_figures(untrained, processed, tmp_path, 
     shutil.copytree(processed / "val", tmp_path / "sets/home/val")
     shutil.copytree(processed / "test/abnormal", tmp_path / "sets/real/test/abnormal")
     shutil.copytree(processed / "test/masks", tmp_path / "sets/real/test/masks")
-    command = [str(untrained), "--sets", str(tmp_path / "sets"), "--copies", "1", "--steps", "2"]
+    command = [str(untrained), "--sets", str(tmp_path / "sets"), "--copies", "1", "--steps", "2", "--shrunk"]
     assert detection.main([*command, "--pictures", str(tmp_path / "pictures")]) == 0
     lines = capsys.readouterr().out.splitlines()
     (table,) = json.loads(lines[-1]).values()
-    assert list(table) == ["home dev, own", "home dev, anew", "home dev, adapted", "real test, own"]
-    assert len(lines) == 6
+    assert list(table) == [
+        *(f"home dev, {how}" for how in ("own", "anew", "adapted")),
+        *("real test, own", "home dev shrunk, own", "real test shrunk, own"),
+    ]
+    assert len(lines) == 8
+    assert table["real test, own"]["voxel_ap"] != table["real test shrunk, own"]["voxel_ap"]
     home = table["home dev, anew"]
     assert set(detection.FIGURES) <= set(home)
     assert home["false_positives_0.1"]["scans"] == 2

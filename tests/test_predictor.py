@@ -206,14 +206,14 @@ def test_a_model_that_cannot_be_one_is_one_line(change, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_misfit_is_the_bulk_of_its_residual_against_the_calibrations(tmp_path):
+def test_the_misfit_is_its_median_residual_against_the_calibrations(tmp_path):
     scan = make_scan(lesion=np.zeros(make_stack().shape, bool))
     plain = make_predictor(tmp_path / "a")
     reconstruction = reconstruct(plain.model, scan.stack, scan.geometry.slice_spacing_mm)
     stack = torch.from_numpy(scan.stack)
     residual = compute_residual(stack, reconstruction, scan.geometry.sampling_mm)
-    bulk = find_median(plain.calibration.divide(residual, stack > 0)[stack > 0])
-    assert plain.predict(scan).misfit is None, "its calibration has no bulk"
+    median = find_median(plain.calibration.divide(residual, stack > 0)[stack > 0])
+    assert plain.predict(scan).misfit is None, "its calibration has no medians"
     for share, misfit in ((1.01, None), (0.5, pytest.approx(2, rel=1e-4))):
-        known = make_calibration(bulk=torch.tensor([share * bulk] * 3))
+        known = make_calibration(median_residuals=torch.tensor([share * median] * 3))
         assert make_predictor(tmp_path / "b", known).predict(scan, baselines=False).misfit == misfit

@@ -135,7 +135,7 @@ def test_warnings_come_before_the_verdict_and_are_said_even_where_the_rest_is_si
 
 
 def test_a_scan_of_another_scanner_is_told_to_calibrate(folder, capsys):
-    calibrate(folder, [0.0] * 39, bulk=torch.full((39,), 1e-6))
+    calibrate(folder, [0.0] * 39, median_residuals=torch.full((39,), 1e-6))
     assert run_scan(folder, "--quiet") == 0
     assert "calibrate the model on healthy scans of this scanner" in capsys.readouterr().err
     calibrate(folder, [0.0] * 39)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.utils.data import ConcatDataset
 from tqdm import trange
 
+from common.device import fits_in_memory
 from models.autoencoder import MODELS
 from models.calibration import Calibration
 from preprocessing.store import StoredScan
+from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
 from training.trainer import Trainer
 
-STEPS = 900
+STEPS = 600
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 3e-4  # a third of that of a training: what the model knows is to stay
 
@@ -27,24 +30,50 @@ def adapt(
     robust: bool = False,
     quiet: bool = False,
 ) -> dict:
-    """The content of a model.pt with weights that were trained on these scans, and calibrated on them.
+    """The content of a model.pt with weights that were trained on these scans, and a calibration by them.
 
-    steps   of the optimiser; with 0 the weights stay as they are
+    Scans that a model was trained on look more normal than new ones. So two more models are trained, each on one half
+    of the subjects, and the calibration is of what each makes of the other half (cross-conformal prediction: Vovk,
+    2015). A single subject has only itself.
+
+    steps   of the optimiser, for each of the three; with 0 the weights stay as they are
     robust  see `Calibration.fit`
     """
+
+    def train(on: list[StoredScan], compare: list[StoredScan], what: str) -> Trainer:
+        return _train(content, on, compare, steps, device, None if quiet else what)
+
+    trainer = train(scans, scans, "adapting")
+    subjects = sorted({key_subject(scan.subject) for scan in scans})
+    halves = [[scan for scan in scans if key_subject(scan.subject) in subjects[side::2]] for side in (0, 1)]
+    if steps and all(halves):
+        one, other = (train(*pair, "adapting to a half") for pair in (halves, halves[::-1]))
+        compared = ConcatDataset([one.compare_validation(), other.compare_validation()])
+    else:
+        compared = trainer.compare_validation()
+    seen = {*content["seen"], *(key for scan in scans for key in scan.hashes)}
+    calibration = Calibration.fit(compared, robust).to_state()
+    return content | {"weights": trainer.model.state_dict(), "calibration": calibration, "seen": sorted(seen)}
+
+
+def _train(
+    content: dict, scans: list[StoredScan], compare: list[StoredScan], steps: int, device: torch.device, bar: str | None
+) -> Trainer:
+    """A trainer whose model, that of a model.pt, was trained on some scans; others are its validation scans."""
     config = {
         "network": content["config"], "precision": content["precision"],
         "steps": steps, "batch_size": BATCH_SIZE, "lr": PEAK_LEARNING_RATE, "seed": 0,
     }  # fmt: skip
-    slices = SliceDataset(scans, True, device, MODELS[content["config"]["model"]].neighbour_offsets)
-    trainer = Trainer(config, slices, slices, Path(), quiet)
+    offsets = MODELS[content["config"]["model"]].neighbour_offsets
+    slices = []
+    for part in (scans, compare):
+        in_memory, _ = fits_in_memory(sum(len(scan.indices) for scan in part), part[0].size, device)
+        slices.append(SliceDataset(part, in_memory, device, offsets))
+    trainer = Trainer(config, *slices, Path(), quiet=bar is None)
     trainer.model.load_state_dict(content["weights"])
     trainer.model.train()
     batches = trainer.read_batches()
-    for _ in trange(steps, desc="adapting", unit="step", disable=quiet or None):
+    for _ in trange(steps, desc=bar, unit="step", disable=bar is None or None):
         trainer.train_step(next(batches))
     trainer.model.eval()
-    calibration = Calibration.fit(trainer.compare_validation(), robust)
-    seen = {*content["seen"], *(one for scan in scans for one in scan.hashes)}
-    new = {"weights": trainer.model.state_dict(), "calibration": calibration.to_state(), "seen": sorted(seen)}
-    return content | new
+    return trainer

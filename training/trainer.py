@@ -107,7 +107,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The loss over all validation slices, varied and the same each time; the processes share them."""
+        """The loss over all validation slices, varied and corrupted the same way each time; processes share batches."""
         distributed.share_statistics(self.model)
         self.model.eval()
         count, size = len(self.validation), self.config["batch_size"]
