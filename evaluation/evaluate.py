@@ -27,6 +27,7 @@ from evaluation.single_scan import ScanFiles, predict_files
 from evaluation.test_set import TestSet, evaluate
 from preprocessing.images import parse_axes
 from preprocessing.layouts import ENDINGS
+from preprocessing.strip import STRIP
 
 EXAMPLE = """examples:
   python evaluation/evaluate.py --run runs/dae --data Dataset/processed/test --maps
@@ -49,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="FILE",
         help="a brain mask for each --scan, in the same order",
+    )
+    parser.add_argument(
+        "--strip",
+        choices=STRIP,
+        default="auto",
+        help="extract the brain of a --scan: auto, where it shows the head and has no mask; never; always",
     )
     parser.add_argument(
         "--axes", type=parse_axes, help="where a scan's axes point, if its header does not say, such as ASL"
@@ -116,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or args.run / "scans"
         files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
         bar = args.json and not args.quiet  # verdicts show the progress where they are printed
-        code, content = predict_files(ScanFiles(files, out, args.axes, args.volume, bar), predictor)
+        code, content = predict_files(ScanFiles(files, out, args.axes, args.volume, bar, args.strip), predictor)
         content = {"run": str(args.run)} | content
     else:
         out = args.out or args.run / "evaluation"

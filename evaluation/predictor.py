@@ -34,7 +34,8 @@ class Prediction:
     reconstruction  (n, H, W) float32, 0 outside the brain
     maps            {detector: (n, H, W) float32, NaN outside the brain}; all DETECTORS, or the model's alone
     native_map      (I, J, K) float32: the anomaly map on the scan's own grid, NaN where nothing was scored
-    regions         connected regions of the native map at or above the threshold, the largest first
+    regions         connected regions of the native map at or above the threshold, the largest first; `p_value`: how
+                    often a healthy scan shows a region of such a mass, the volume times the mean
     slice_rows      a row for each slice, as scores.csv has them
     scan_row        the scan's row, as scans.csv has it
     threshold       the calibrated threshold of a voxel, in units of the scan's median
@@ -142,12 +143,14 @@ class Predictor:
         maps = {name: values.cpu().numpy() for name, values in maps.items()}
         threshold = self.calibration.voxel_threshold
         native_map = scan.geometry.restore(maps["score"])
+        regions = list_regions(native_map, np.array(scan.geometry.affine), threshold, self.smallest_ml)
+        p_values = self.calibration.p_values_of_regions([one["volume_ml"] * one["mean"] for one in regions])
         return Prediction(
             scan=scan,
             reconstruction=reconstruction.cpu().numpy(),
             maps=maps,
             native_map=native_map,
-            regions=list_regions(native_map, np.array(scan.geometry.affine), threshold, self.smallest_ml),
+            regions=[one | {"p_value": p_value} for one, p_value in zip(regions, p_values, strict=True)],
             slice_rows=self._list_slices(scan, slice_scores),
             scan_row=self._describe_scan(scan, scan_scores),
             threshold=threshold,

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import regionprops
 
+COMMON = 0.2  # what a larger share of healthy scans shows is not worth a look
 MIDLINE_MM = 5.0  # a region whose centre is nearer to the middle of the brain is on neither side
 
 

@@ -13,19 +13,26 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.cli import DataError, explain, log
-from common.files import write_figure
+from common.files import replace_when_whole, write_figure
 from evaluation.input_check import explain_misfit, find_mismatches, is_seen
 from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
 from evaluation.predictor import Prediction, Predictor
+from evaluation.regions import COMMON
 from evaluation.test_set import explain_no_flag
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
+from preprocessing.strip import save_brain_mask
 from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
 
 SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
-FILES = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png"}  # what is left of a scan: endings
+FILES = {  # what is left of a scan: endings
+    "map": "_anomaly.nii.gz",
+    "mask": "_mask.nii.gz",
+    "brain": "_brain.nii.gz",
+    "picture": ".png",
+}
 SEEN = "the model was trained or calibrated on this scan, so its score means nothing"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other scans would fail too
 
@@ -37,6 +44,7 @@ class ScanFiles:
     axes    where the stored axes point, for a header that does not say
     volume  which volume of a file with several, from 0
     bar     whether a progress bar is shown
+    strip   whose brains are extracted, one of `strip.STRIP`; none where the model knows heads
     """
 
     files: list[tuple[Path, Path | None]]
@@ -44,6 +52,7 @@ class ScanFiles:
     axes: str | None
     volume: int | None
     bar: bool
+    strip: str = "auto"
 
 
 def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
@@ -76,7 +85,9 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
             why = "is not a regular file" if file.exists() else "no such file"
             raise DataError(f"{file}: {why}; give existing files with --scan and --brain-mask")
     slices = predictor.slices
-    cut = CutSettings(slices["keep"], slices["size"], slices["size"] * slices["pixel_mm"], scans.volume)
+    strip = scans.strip if slices["skull_off"] else "never"
+    fov_mm = slices["size"] * slices["pixel_mm"]
+    cut = CutSettings(slices["keep"], slices["size"], fov_mm, scans.volume, strip=strip)
     scan = cut_scan(path, mask, cut, scans.axes)
     scan = replace(scan, name=choose_name(scan, scans.out, names))
     names.add(scan.name)
@@ -90,7 +101,10 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     row = prediction.scan_row
     title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its worst slices"
     write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
-    files = {what: f"{scan.name}{ending}" for what, ending in FILES.items()}
+    if scan.stripped:
+        with replace_when_whole(scans.out / f"{scan.name}{FILES['brain']}") as partial:
+            save_brain_mask(partial, scan.stripped)
+    files = {what: f"{scan.name}{end}" for what, end in FILES.items() if what != "brain" or scan.stripped}
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
     verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
     log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
@@ -120,20 +134,17 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
     log.info("  %s at a false-positive rate of %g: %s", verdict, rate, p_value)
     if reason := explain_no_flag(rate, known):
         log.info("  %s", reason)
-    log.info(
-        "  %d regions of at least %g ml, at %.1f times the scan's median or more",
-        len(regions),
-        predictor.smallest_ml,
-        prediction.threshold,
-    )
-    for region in regions[:REGIONS_LISTED]:
+    rare = [region for region in regions if region["p_value"] <= COMMON]
+    common = f"{len(regions) - len(rare)} that healthy scans commonly show" if len(regions) > len(rare) else ""
+    limit = f"of at least {predictor.smallest_ml:g} ml, at {prediction.threshold:.1f} times the scan's median or more"
+    log.info("  %d regions %s%s", len(rare), limit, common and f"; beside {common}")
+    for region in rare[:REGIONS_LISTED]:
         place = ", ".join(f"{region[f'{axis}_mm']:.0f}" for axis in "xyz")
-        log.info(
-            "%s",
-            f"    {region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}",
-        )
-    if len(regions) > REGIONS_LISTED:
-        log.info("    and %d smaller ones", len(regions) - REGIONS_LISTED)
+        size = f"{region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}"
+        as_strong = round(region["p_value"] * (known + 1)) - 1
+        log.info("    %s, as large and strong in %d of %d healthy scans", size, as_strong, known)
+    if len(rare) > REGIONS_LISTED:
+        log.info("    and %d smaller ones", len(rare) - REGIONS_LISTED)
 
 
 def choose_name(scan: LoadedScan, out: Path, names: set[str]) -> str:

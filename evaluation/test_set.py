@@ -28,7 +28,7 @@ from preprocessing.cohort import refuse_copies
 from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 
-REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean")
+REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean", "p_value")
 LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
 MOST_TABLE_BYTES = 1 << 26
 BEGUN = ".evaluation.json"  # the settings of an unfinished evaluation

@@ -9,32 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.cli import DataError
 from models.anomaly import (
     Residual,
     compute_residual,
+    find_largest_mass,
     find_median,
-    multiply_axes,
     reconstruct,
     score_scan,
     score_slices,
     smooth_map,
 )
+from models.expectation import (
+    LEVELS,
+    TEXTURE_BINS,
+    describe_intensity,
+    expect_at_place,
+    expect_with_texture,
+    find_levels,
+    sum_by_level,
+    sum_by_place,
+    sum_by_texture,
+)
 
-TEXTURE_BINS = 12  # of the reconstruction's local mean, and as many of its local standard deviation
-LEVELS = 16  # places along the inferior-superior axis at which healthy scans are described
-PLACE_SMOOTHING = (1, 4, 4)  # standard deviations of the Gaussian over healthy residuals: levels, pixels, pixels
-INTENSITY_SMOOTHING = (0.5, 1, 1)
-OVERALL_WEIGHT = 0.5  # weight of the overall mean at each place, in scans
-TEXTURE_PRIOR = 10  # pixels with a factor of 1 that are added to each texture bin
 VOXELS_FLAGGED = 0.002  # share of a healthy brain above the voxel threshold
 STATE_KEYS = {  # field: its key in model.pt
     "expected_residual": "expected",
@@ -45,8 +48,13 @@ STATE_KEYS = {  # field: its key in model.pt
     "slice_scores": "slice_scores",
     "voxel_threshold": "threshold",
     "median_residuals": "median_residuals",
+    "region_masses": "region_masses",
 }
+OF_SCANS = ("scan_scores", "slice_scores", "median_residuals", "region_masses")
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
+
+# what is expected of a scan, its residual, its brain, sampling_mm
+Expected = tuple["Calibration", Residual, torch.Tensor, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Calibration:
     scan_scores        (scans,) sorted
     slice_scores       (slices,) sorted
     voxel_threshold    the anomaly above which VOXELS_FLAGGED of a healthy brain lies
-    median_residuals   (scans,) sorted medians over each brain of `divide`; (0,) in models of before they were kept
+    median_residuals   (scans,) sorted medians over each brain of `divide`
+    region_masses      (scans,) sorted: the largest mass of a connected region at or above the threshold, 0 where none
+                       is (`anomaly.find_largest_mass`)
     """
 
     expected_residual: torch.Tensor
@@ -70,11 +80,12 @@ class Calibration:
     scan_scores: torch.Tensor
     slice_scores: torch.Tensor
     voxel_threshold: float
-    median_residuals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    median_residuals: torch.Tensor
+    region_masses: torch.Tensor
 
     @classmethod
     def fit(cls, scans: Sequence[Compared], robust: bool = False) -> Calibration:
-        """Calibrate with healthy scans, read three times: (stack (n, H, W), reconstruction likewise, sampling_mm).
+        """Calibrate with healthy scans, read four times: (stack (n, H, W), reconstruction likewise, sampling_mm).
 
         Each scan is mapped with what the other scans show: its own residuals would make it look more normal than a new
         scan. A single scan has only itself.
@@ -87,32 +98,40 @@ class Calibration:
         if robust:
             return draft._fit_robustly(scans)
         texture_sums = [
-            _sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
+            sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
             for residual, brain, _, others in draft._leave_each_out(scans, place_sums)
         ]
         total = sum(texture_sums)
-        left_out = draft._leave_each_out(scans, place_sums)
-        factors = (_expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums)
-        scores, quantiles = _score_scans(
-            (replace(others, texture_factor=factor), residual, brain, sampling_mm)
-            for (residual, brain, sampling_mm, others), factor in zip(left_out, factors, strict=True)
-        )
+        factors = [expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums]
+
+        def leave_each_out() -> Iterator[Expected]:
+            left_out = draft._leave_each_out(scans, place_sums)
+            for (residual, brain, sampling_mm, others), factor in zip(left_out, factors, strict=True):
+                yield replace(others, texture_factor=factor), residual, brain, sampling_mm
+
+        scores, quantiles = _score_scans(leave_each_out())
         threshold = float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED))
-        return replace(draft, texture_factor=_expect_with_texture(total), voxel_threshold=threshold, **scores)
+        scores["region_masses"] = _find_masses(leave_each_out(), threshold)
+        return replace(draft, texture_factor=expect_with_texture(total), voxel_threshold=threshold, **scores)
 
     def _fit_robustly(self, scans: Sequence[Compared]) -> Calibration:
         """This draft with the medians over the scans of what each expects by place, then by texture."""
-        by_place = [_expect_at_place(_sum_by_place(compute_residual(*scan).values)) for scan in scans]
+        by_place = [expect_at_place(sum_by_place(compute_residual(*scan).values)) for scan in scans]
         placed = replace(self, expected_residual=torch.stack(by_place).median(0).values)
         by_texture = []
         for scan in scans:
             residual = compute_residual(*scan)
-            sums = _sum_by_texture(residual, placed.normalise(residual, scan[0] > 0), placed.texture_edges)
-            by_texture.append(_expect_with_texture(sums))
+            sums = sum_by_texture(residual, placed.normalise(residual, scan[0] > 0), placed.texture_edges)
+            by_texture.append(expect_with_texture(sums))
         fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
-        scores, quantiles = _score_scans((fitted, compute_residual(*scan), scan[0] > 0, scan[2]) for scan in scans)
+
+        def expect_all() -> Iterator[Expected]:
+            return ((fitted, compute_residual(*scan), scan[0] > 0, scan[2]) for scan in scans)
+
+        scores, quantiles = _score_scans(expect_all())
         thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
-        return replace(fitted, voxel_threshold=float(thresholds.median()), **scores)
+        scores["region_masses"] = _find_masses(expect_all(), threshold := float(thresholds.median()))
+        return replace(fitted, voxel_threshold=threshold, **scores)
 
     def _leave_each_out(
         self, scans: Sequence[Compared], place_sums: torch.Tensor
@@ -120,19 +139,18 @@ class Calibration:
         """Of each scan its residual, brain and sampling_mm, and this calibration with what the other scans expect."""
         for stack, reconstruction, sampling_mm in scans:
             residual = compute_residual(stack, reconstruction, sampling_mm)
-            others = _leave_out(place_sums, _sum_by_place(residual.values), len(scans))
-            yield residual, stack > 0, sampling_mm, replace(self, expected_residual=_expect_at_place(others))
+            others = _leave_out(place_sums, sum_by_place(residual.values), len(scans))
+            yield residual, stack > 0, sampling_mm, replace(self, expected_residual=expect_at_place(others))
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
         """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
-        state = {"median_residuals": torch.empty(0)} | state
         values = {name: state[key] for name, key in STATE_KEYS.items()}
         _refuse_not_finite(values)
         size = values["intensity"].shape[-1]
         shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
         shapes |= {"texture_edges": (2, TEXTURE_BINS - 1), "texture_factor": (2, TEXTURE_BINS, TEXTURE_BINS)}
-        shapes |= {name: (values[name].numel(),) for name in ("scan_scores", "slice_scores")}
+        shapes |= {name: (values[name].numel(),) for name in OF_SCANS}
         wrong = [name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not min(shape)]
         if wrong:
             raise ValueError(f"the calibration's {', '.join(wrong)} have wrong shapes")
@@ -164,8 +182,6 @@ class Calibration:
         A lesion hardly changes a median over the brain; another scanner does. Chance goes up to twice as far above the
         healthy scans' median as the highest of them, on a logarithmic scale.
         """
-        if not len(self.median_residuals):
-            return None
         middle, highest = float(self.median_residuals.median()), float(self.median_residuals[-1])
         return median_residual / middle if median_residual > highest * (highest / middle) else None
 
@@ -175,7 +191,7 @@ class Calibration:
         places = brain.flatten().nonzero()[:, 0]
         pixel = places % size
         values, mean, deviation = (part.flatten()[places] for part in (residual.values, *residual.texture))
-        below, share = (part[places // size] for part in _find_levels(len(brain), brain.device))
+        below, share = (part[places // size] for part in find_levels(len(brain), brain.device))
         sign = (values <= 0).long()
         lower = (sign * LEVELS + below) * size + pixel
         expected = self.expected_residual.flatten()
@@ -187,7 +203,7 @@ class Calibration:
 
     def expect_intensity(self, slices: int) -> torch.Tensor:
         """(2, slices, H, W) mean and standard deviation of healthy values, for a stack of so many slices."""
-        below, share = _find_levels(slices, self.intensity.device)
+        below, share = find_levels(slices, self.intensity.device)
         return torch.lerp(self.intensity[:, below], self.intensity[:, below + 1], share[:, None, None])
 
     def p_values_of_scans(self, scores: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
@@ -197,6 +213,14 @@ class Calibration:
     def p_values_of_slices(self, scores: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
         """`compute_p_values` of scores of `score_slices`."""
         return compute_p_values(scores, self.slice_scores)
+
+    def p_values_of_regions(self, masses: Sequence[float]) -> list[float]:
+        """The probability that a healthy scan shows a region of such a mass anywhere, of each.
+
+        The p-value of cluster mass corrected by the largest of each scan (Bullmore et al., IEEE TMI 1999), with healthy
+        scans in the place of permutations.
+        """
+        return compute_p_values(masses, self.region_masses).tolist()
 
     def flag_score(self, level: str, false_positive_rate: float) -> float | None:
         """The score of a "scan" or a "slice" above which its p-value is at most this rate (< 1).
@@ -240,32 +264,26 @@ def count_needed_scans(false_positive_rate: float) -> int:
 
 
 def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tensor]:
-    """(a calibration without texture factors and scores, the sums over all scans by `_sum_by_place`)."""
+    """(a calibration without texture factors and scores, the sums over all scans by `sum_by_place`)."""
     place_sums, edges, intensity_sums = 0, [], 0
     shares = torch.arange(1, TEXTURE_BINS, dtype=torch.float64) / TEXTURE_BINS
     for stack, reconstruction, sampling_mm in scans:
         residual = compute_residual(stack, reconstruction, sampling_mm)
-        place_sums = place_sums + _sum_by_place(residual.values)
+        place_sums = place_sums + sum_by_place(residual.values)
         edges.append(torch.stack([_find_quantiles(part[stack > 0], shares) for part in residual.texture]))
-        intensity_sums = intensity_sums + _sum_by_level(torch.stack([stack.float(), stack.float() ** 2, stack > 0]))
+        intensity_sums = intensity_sums + sum_by_level(torch.stack([stack.float(), stack.float() ** 2, stack > 0]))
     return Calibration(
-        expected_residual=_expect_at_place(place_sums),
+        expected_residual=expect_at_place(place_sums),
         texture_edges=torch.stack(edges).mean(0),
         texture_factor=torch.ones(2, TEXTURE_BINS, TEXTURE_BINS, device=place_sums.device),
-        intensity=_describe_intensity(intensity_sums),
-        scan_scores=torch.empty(0),
-        slice_scores=torch.empty(0),
+        intensity=describe_intensity(intensity_sums),
         voxel_threshold=math.nan,
+        **dict.fromkeys(OF_SCANS, torch.empty(0)),
     ), place_sums
 
 
-def _score_scans(
-    scans: Iterable[tuple[Calibration, Residual, torch.Tensor, tuple[float, float]]],
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(the sorted scores and median residuals of healthy scans, (scans, 10001) quantiles of their maps).
-
-    Of each scan: what is expected of it, its residual, its brain, sampling_mm.
-    """
+def _score_scans(scans: Iterable[Expected]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(the sorted scores and median residuals of healthy scans, (scans, 10001) quantiles of their maps)."""
     found, quantiles = {"scan_scores": [], "slice_scores": [], "median_residuals": []}, []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
     for expected, residual, brain, sampling_mm in scans:
@@ -279,83 +297,18 @@ def _score_scans(
     return {name: torch.cat(values).to(device).sort().values for name, values in found.items()}, torch.stack(quantiles)
 
 
+def _find_masses(scans: Iterable[Expected], threshold: float) -> torch.Tensor:
+    """(scans,) sorted: `find_largest_mass` of each map."""
+    masses = []
+    for expected, residual, brain, sampling_mm in scans:
+        anomaly = smooth_map(expected.divide(residual, brain), sampling_mm)
+        masses.append(find_largest_mass(anomaly, threshold, sampling_mm))
+    return torch.tensor(masses, device=anomaly.device).sort().values
+
+
 def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:
     """The sums of all scans but one; of a single scan, its own."""
     return (total - own).clamp(min=0) if scans > 1 else total
-
-
-def _place_slices(slices: int) -> torch.Tensor:
-    """(slices,) float64: where each kept slice lies between the lowest (0) and the highest (LEVELS - 1)."""
-    return torch.arange(slices, dtype=torch.float64) * ((LEVELS - 1) / max(slices - 1, 1))
-
-
-def _find_levels(slices: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slices,) the level below each kept slice, and the share of the way to the next level, 0 to 1."""
-    places = _place_slices(slices)
-    below = places.long().clamp(max=LEVELS - 2)
-    return below.to(device), (places - below).float().to(device)
-
-
-def _sum_by_level(values: torch.Tensor) -> torch.Tensor:
-    """(k, LEVELS, H, W) sums of the slices of (k, n, H, W) nearest to each level."""
-    nearest = _place_slices(values.shape[1]).round().long()
-    chosen = F.one_hot(nearest, LEVELS).T.float().to(values.device)  # a product: sums in one order on every device
-    return (chosen @ values.float().flatten(2)).unflatten(2, values.shape[2:])
-
-
-def _sum_by_place(residual: torch.Tensor) -> torch.Tensor:
-    """(3, LEVELS, H, W) sums over a stack: squared positive part, squared negative part, number of pixels."""
-    return _sum_by_level(torch.stack([residual.clamp(min=0) ** 2, residual.clamp(max=0) ** 2, residual != 0]))
-
-
-def _expect_at_place(sums: torch.Tensor) -> torch.Tensor:
-    """(2, LEVELS, H, W) root mean squares from `_sum_by_place` of some scans, each place with its neighbours."""
-    return _average_nearby(sums, PLACE_SMOOTHING).sqrt()
-
-
-def _describe_intensity(sums: torch.Tensor) -> torch.Tensor:
-    """(2, LEVELS, H, W) mean and standard deviation from sums of values, of squares and of pixels."""
-    mean, squares = _average_nearby(sums, INTENSITY_SMOOTHING)
-    return torch.stack([mean, (squares - mean**2).clamp(min=1e-4).sqrt()])
-
-
-def _average_nearby(sums: torch.Tensor, sigmas: tuple[float, float, float]) -> torch.Tensor:
-    """(2, LEVELS, H, W) means from (3, LEVELS, H, W): two sums and the number of pixels, each smoothed over places.
-
-    Few scans reach a pixel, so the overall mean has the weight of half a scan.
-    """
-    overall = sums[:2].sum((1, 2, 3), keepdim=True) / sums[2].sum().clamp(min=1)
-    weights = (_weigh_reflected(*pair, sums.device) for pair in zip(sums.shape[1:], sigmas, strict=True))
-    *totals, count = multiply_axes(sums, *weights)
-    return (torch.stack(totals) + OVERALL_WEIGHT * overall) / (count + OVERALL_WEIGHT)
-
-
-@lru_cache(maxsize=8)
-def _weigh_reflected(count: int, sigma: float, device: torch.device) -> torch.Tensor:
-    """(count, count) float32 Gaussian weights up to 4 sigma, reflected at the ends (scipy.ndimage.gaussian_filter)."""
-    reach = int(4 * sigma + 0.5)
-    offsets = torch.arange(-reach, reach + 1)
-    weights = torch.exp(-0.5 * (offsets / sigma) ** 2).double()
-    places = (torch.arange(count)[:, None] + offsets) % (2 * count)
-    places = torch.minimum(places, 2 * count - 1 - places)
-    matrix = torch.zeros(count, count, dtype=torch.float64)
-    return matrix.scatter_add_(1, places, (weights / weights.sum()).expand(places.shape)).float().to(device)
-
-
-def _sum_by_texture(residual: Residual, anomaly: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """(3, TEXTURE_BINS, TEXTURE_BINS) sums: squared anomaly of positive and negative residuals, number of pixels."""
-    brain = anomaly.isfinite()
-    row, column = (torch.bucketize(part[brain], limits) for part, limits in zip(residual.texture, edges, strict=True))
-    bins = row * TEXTURE_BINS + column
-    signed = bins + (residual.values[brain] <= 0) * TEXTURE_BINS**2
-    squares = torch.bincount(signed, anomaly[brain].double() ** 2, 2 * TEXTURE_BINS**2)
-    pixels = torch.bincount(bins, minlength=TEXTURE_BINS**2)
-    return torch.cat([squares, pixels]).view(3, TEXTURE_BINS, TEXTURE_BINS)
-
-
-def _expect_with_texture(sums: torch.Tensor) -> torch.Tensor:
-    """(2, TEXTURE_BINS, TEXTURE_BINS) root mean squares from `_sum_by_texture`; near 1 in bins of few pixels."""
-    return ((sums[:2] + TEXTURE_PRIOR) / (sums[2] + TEXTURE_PRIOR)).sqrt().float()
 
 
 def _find_quantiles(values: torch.Tensor, shares: torch.Tensor | float) -> torch.Tensor:

@@ -53,6 +53,7 @@ from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
 from preprocessing.scans import LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
 from preprocessing.store import StoredScan, clear_leftovers, list_scans, withdraw
+from preprocessing.strip import STRIP
 from preprocessing.subjects import key_subject, parse_pattern
 from preprocessing.worker import FORMAT, CutSettings, preprocess_scan
 
@@ -174,6 +175,9 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
         except OSError as error:
             raise DataError(f"{args.processed / 'qc.png'}: cannot be written ({explain(error)})") from error
     warn_of_scans(stored)
+    stripped = sum("stripped" in old.record for old in stored)
+    if stripped:
+        log.info("the brain was extracted from %d heads; check its outline in %s", stripped, args.processed / "qc.png")
     _write_record(args.processed, record)  # last: with "scans" in it, the rest is complete
     log.info(
         f"{counts['done']} done, {counts['unchanged']} unchanged, {len(skipped)} skipped; slices in {args.processed}"
@@ -188,7 +192,7 @@ def write_slices(args: argparse.Namespace, found: Search) -> int:
 def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str, str]]:
     """`preprocess_scan` of all scans, on this machine or on a cluster; what it returns, in the order of the scans."""
     labels = tuple(sorted(set(args.lesion_labels))) if args.lesion_labels else None
-    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels)
+    settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels, args.strip)
     results = []
     with _work_on(args.dask):
         with shield_workers():
@@ -329,6 +333,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=share, default=0.7, help="share of axial slices kept, the middle ones, (0, 1]")
     parser.add_argument("--size", type=side, default=128, help="pixels along each side of a slice")
     parser.add_argument("--fov-mm", type=width, help="side of a slice in mm; left out: 200 for brains, 256 for heads")
+    parser.add_argument(
+        "--strip",
+        choices=STRIP,
+        default="auto",
+        help="extract the brain: auto, of heads without a brain mask; never; or always, of every scan",
+    )
     workers = bounded(int, least=1)
     parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans processed at a time")
     parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")

@@ -43,9 +43,11 @@ def draw_contact_sheet(scans: list[StoredScan], processed: Path) -> list[Path]:
 
 
 def draw_scan(axes: Axes, scan: StoredScan) -> None:
-    """A scan's middle slice with its sides, under its name, place and stored axes."""
-    middle = scan.read_middle().astype(np.float32)
-    axes.imshow(middle, cmap="gray", vmin=0, vmax=1, origin="lower")
+    """A scan's middle slice with its sides, under its name, place and stored axes; an extracted brain as an outline."""
+    middle, head = scan.read_middle().astype(np.float32), scan.read_head()
+    axes.imshow(middle if head is None else head.astype(np.float32), cmap="gray", vmin=0, vmax=1, origin="lower")
+    if head is not None:
+        axes.contour(middle > 0, levels=[0.5], colors="orange", linewidths=0.7)
     name = scan.name if len(scan.name) <= 26 else f"{scan.name[:12]}…{scan.name[-13:]}"
     title = f"{name}\n{scan.split}/{scan.label} {scan.record['axes']}".encode("utf-8", "replace").decode()
     axes.set_title(title, fontsize=7, color="white", pad=2, parse_math=False)

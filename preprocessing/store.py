@@ -2,6 +2,8 @@
 
     <processed>/<split>/<label>/<scan>/slice_087.npy   one axial slice, (size, size) float16 in [0, 1]
     <processed>/<split>/<label>/<scan>/scan.json       whose it is and how to go back to the scan's own grid
+    <processed>/<split>/<label>/<scan>/brain.nii.gz    its brain mask on its own grid, if the brain was extracted
+    <processed>/<split>/<label>/<scan>/head.npy        then also the middle slice with the head around the brain
     <processed>/<split>/masks/<scan>/slice_087.npy     its lesion mask, uint8, where one is known
 
 087 is the index along the inferior-superior axis of the scan in canonical RAS orientation. The first axis of a slice
@@ -27,10 +29,12 @@ from common.files import make_folder, open_regular, replace_when_whole
 from preprocessing.geometry import ONE, Geometry, Scale
 from preprocessing.record import find_wrong_settings, read_record
 from preprocessing.scans import LABELS, SPLITS
+from preprocessing.strip import Extracted, save_brain_mask
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
 WITHDRAWN = ".withdrawn"  # folder of a store for scans whose source is gone or changed
-OURS = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json")  # the names in a scan's folder
+# the names in a scan's folder
+OURS = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json|brain\.nii\.gz|head\.npy")
 LEFTOVER = re.compile(r"\..+\.\d+\.(?:partial|old)", re.DOTALL)  # of `_write_folder`
 _SETTINGS: dict[tuple, tuple] = {}  # each combination once, however many scans share it
 
@@ -48,6 +52,7 @@ class LoadedScan:
     brain_ml      volume of the brain mask, where the scan comes from its file
     hashes        which scan it is, see `StoredScan`
     warnings      what to know before trusting the scan
+    stripped      the brain that was extracted, where the scan comes from its file and showed a head
     """
 
     name: str
@@ -66,6 +71,7 @@ class LoadedScan:
     brain_ml: float | None = None
     hashes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    stripped: Extracted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,11 @@ class StoredScan:
         """The middle one of the kept slices, (size, size)."""
         return read_slice(self.folder / name_slice(self.indices[len(self.indices) // 2]), self.size)
 
+    def read_head(self) -> np.ndarray | None:
+        """The middle one of the kept slices with the head around the brain; None where no brain was extracted here."""
+        path = self.folder / "head.npy"
+        return read_slice(path, self.size) if path.exists() else None
+
     def read_lesion(self) -> np.ndarray | None:
         """(n, size, size) bool, or None where no lesion mask is known. A normal scan's is all False."""
         if self.label == "normal":
@@ -172,8 +183,10 @@ def read_slice(path: Path, size: int) -> np.ndarray:
     return values
 
 
-def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, record: dict) -> None:
-    """Write a scan's slices, its lesion mask (same shape, or None) and its record: whole, or nothing."""
+def write_scan(
+    folder: Path, stack: np.ndarray, lesion: np.ndarray | None, record: dict, stripped: Extracted | None = None
+) -> None:
+    """Write a scan's slices, its lesion mask (same shape, or None), its record and what was extracted, or nothing."""
     lesion_folder, processed = _mask_folder(folder), folder.parents[2]
     for parent in {folder.parent, lesion_folder.parent} if lesion is not None else {folder.parent}:
         make_folder(parent, processed)
@@ -182,7 +195,7 @@ def write_scan(folder: Path, stack: np.ndarray, lesion: np.ndarray | None, recor
     elif folder.parent.name == "abnormal":
         _delete(lesion_folder)
     try:
-        _write_folder(folder, stack, record["slices"], record)  # last: a scan with a scan.json is complete
+        _write_folder(folder, stack, record["slices"], record, stripped)  # last: a scan with a scan.json is complete
     except OSError:
         if lesion is not None:
             _delete(lesion_folder)
@@ -289,7 +302,9 @@ def _format_record(record: dict) -> str:
     return f"{{\n{lines}\n}}\n"
 
 
-def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: dict | None) -> None:
+def _write_folder(
+    folder: Path, stack: np.ndarray, indices: list[int], record: dict | None, stripped: Extracted | None = None
+) -> None:
     """Write a temporary folder and rename it, so that a folder with this name is always whole.
 
     Its name has the process's number: a worker whose parent was killed may still be writing the same scan.
@@ -303,6 +318,9 @@ def _write_folder(folder: Path, stack: np.ndarray, indices: list[int], record: d
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(stack[0]))
         for index, values in zip(indices, stack, strict=True):
             (partial / name_slice(index)).write_bytes(header.getvalue() + values.tobytes())
+        if stripped:
+            save_brain_mask(partial / "brain.nii.gz", stripped)
+            np.save(partial / "head.npy", stripped.head)
         if record is not None:
             (partial / "scan.json").write_text(_format_record(record))
         while True:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
 from common.cli import DataError, explain
-from preprocessing.geometry import cut_stack
+from preprocessing.geometry import Geometry, Scale, cut_stack
 from preprocessing.identity import hash_file, hash_voxels
 from preprocessing.masks import drop_stray_pieces, read_mask
 from preprocessing.oblique import MOST_TILT_DEGREES, StraightGrid, measure_tilt
 from preprocessing.scans import Scan, name_scan
 from preprocessing.store import LoadedScan, StoredScan, change_record, read_scan, withdraw, write_scan
+from preprocessing.strip import Extracted, extract_brain
 from preprocessing.volume import BRAIN_ML, Volume, find_brain, read_volume
 
 FORMAT = 3  # version of the slices; raise it when a scan would give other slices
@@ -34,6 +36,7 @@ class CutSettings:
     fov_mm  side of a slice in mm; None: 200 for brains, 256 for heads
     volume  which volume of a file with several, from 0
     lesion_labels  the labels of a lesion mask that are lesion; None: all
+    strip   whose brains are extracted, one of `strip.STRIP`
     """
 
     keep: float
@@ -41,6 +44,7 @@ class CutSettings:
     fov_mm: float | None = None
     volume: int | None = None
     lesion_labels: tuple[int, ...] | None = None
+    strip: str = "never"
 
 
 def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple[str, str]:
@@ -68,8 +72,9 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
             record = {"scan": scan.name, "source": str(scan.path), "content": loaded.hashes[0]}
             record |= {} if lesion is None else {"lesion_voxels": list(loaded.lesion_voxels)}
             record |= {"warnings": list(loaded.warnings)} if loaded.warnings else {}
+            record |= {"stripped": True} if loaded.stripped else {}
             place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
-            write_scan(folder, loaded.stack, lesion, record | made_with | place)
+            write_scan(folder, loaded.stack, lesion, record | made_with | place, loaded.stripped)
             return "done", ""
         if old.record["source"] != str(scan.path):  # the raw folder was moved
             change_record(folder, source=str(scan.path))
@@ -136,11 +141,12 @@ def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | N
 
 
 class _Brain(NamedTuple):
-    """A volume, its brain (X, Y, Z) bool, whether it is skull-stripped, and warnings."""
+    """A volume, its brain (X, Y, Z) bool, whether it is skull-stripped, and here; warnings."""
 
     volume: Volume
     inside: np.ndarray
     skull_off: bool
+    stripped: bool
     warnings: list[str]
 
     @property
@@ -151,8 +157,8 @@ class _Brain(NamedTuple):
 def _find_brain(
     path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
 ) -> _Brain:
-    volume, warnings = read_volume(path, axes, distrusted, settings.volume), []
-    if brain_mask:
+    volume, warnings, stripped = read_volume(path, axes, distrusted, settings.volume), [], False
+    if brain_mask and settings.strip != "always":
         skull_off = True
         inside, how = read_mask(brain_mask, volume, axes, distrusted)
         warnings += [f"its brain mask: {how}"] if how else []
@@ -160,11 +166,13 @@ def _find_brain(
         inside, skull_off = find_brain(volume)
     if not inside.any():
         raise DataError(f"{path}: is constant, so it shows no brain; convert it again from its source")
+    if settings.strip == "always" or (settings.strip == "auto" and not skull_off):
+        inside, skull_off, stripped = inside & extract_brain(path, volume), True, True
     inside, stray = drop_stray_pieces(inside)
     stray_ml = stray * np.prod(volume.spacing_mm) / 1000
     if stray_ml >= SPECK_ML:
         warnings.append(f"pieces separate from the brain were dropped ({stray_ml:.3g} ml)")
-    return _Brain(volume, inside, skull_off, warnings)
+    return _Brain(volume, inside, skull_off, stripped, warnings)
 
 
 def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
@@ -180,6 +188,7 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
         stack, geometry, scale = cut_stack(*cut_from, found.skull_off, settings.keep, settings.size, fov_mm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    stripped = _keep_extracted(found, cut_from[0], geometry, scale) if found.stripped else None
     own = {"shape": volume.shape, "affine": tuple(map(tuple, volume.affine.tolist())), "axes": volume.axes}
     return LoadedScan(
         name=name_scan(path),
@@ -194,7 +203,16 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
         brain_ml=found.brain_ml,
         hashes=(hash_voxels(volume.values, volume.spacing_mm),),
         warnings=tuple(warnings),
+        stripped=stripped,
     )
+
+
+def _keep_extracted(found: _Brain, cut_from: Volume, geometry: Geometry, scale: Scale) -> Extracted:
+    """The extracted brain, and the middle slice of the head that it was cut from."""
+    middle = replace(geometry, slices=geometry.slices[len(geometry.slices) // 2 :][:1])
+    head = middle.cut(cut_from, np.ones(cut_from.values.shape, bool), scale)[0]
+    mask = apply_orientation(found.inside, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(found.volume.axes)))
+    return Extracted(mask, found.volume.affine, head)
 
 
 def _read_lesion(scan: Scan, found: _Brain, settings: CutSettings) -> tuple[np.ndarray, list[str]]:
@@ -228,5 +246,6 @@ def _describe(scan: Scan, settings: CutSettings) -> dict:
         "volume": settings.volume,
         "axes_rule": [scan.axes, scan.distrusted],
         "mask_rules": MASK_RULES,
+        "strip": settings.strip,
         "lesion_labels": list(settings.lesion_labels) if settings.lesion_labels and scan.lesion_mask else None,
     }

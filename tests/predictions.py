@@ -91,6 +91,8 @@ def make_calibration(deviation: float = 0.1, **changes) -> Calibration:
         scan_scores=torch.linspace(1, 2, 39),
         slice_scores=torch.linspace(1, 2, 99),
         voxel_threshold=3.0,
+        median_residuals=torch.full((39,), 1e3),  # no scan is a misfit
+        region_masses=torch.linspace(0.0, 39.0, 39),
     )
     return replace(calibration, **changes)
 

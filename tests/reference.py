@@ -94,6 +94,8 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
         factor = expect_with_texture([compared[j] for j in others[i]], [divided[j] for j in others[i]], edges)
         mapped = divide_plainly(compared[i], brains[i], expected[i], edges, factor)
         maps.append(smooth_plainly(mapped, sampling_mm))
+    threshold = np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998)
+    masses = [find_largest_mass(mapped, threshold, scan[2]) for mapped, scan in zip(maps, scans, strict=True)]
     return {
         "expected_residual": expect_at_place([parts[0] for parts in compared]),
         "texture_edges": edges,
@@ -101,8 +103,16 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
         "intensity": describe_intensity([stack for stack, _, _ in scans]),
         "scan_scores": np.sort([mean_of_worst(mapped, 0.002) for mapped in maps]),
         "slice_scores": np.sort([mean_of_worst(plane, 0.01) for mapped in maps for plane in mapped]),
-        "voxel_threshold": np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998),
+        "voxel_threshold": threshold,
+        "region_masses": np.sort(masses),
     }
+
+
+def find_largest_mass(mapped: np.ndarray, threshold: float, sampling_mm: tuple[float, float]) -> float:
+    """The largest sum of a map over one of its connected parts at or above the threshold, in ml."""
+    parts, count = ndimage.label(np.nan_to_num(mapped) >= threshold)
+    sums = [mapped[parts == part].sum() for part in range(1, count + 1)]
+    return max(sums, default=0) * sampling_mm[0] * sampling_mm[1] ** 2 / 1000
 
 
 def expect_at_place(residuals: list[np.ndarray]) -> np.ndarray:

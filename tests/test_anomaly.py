@@ -22,6 +22,8 @@ def make_calibration(expected=1.0, edges=None, factor=1.0, size=32) -> Calibrati
         scan_scores=torch.zeros(1),
         slice_scores=torch.zeros(1),
         voxel_threshold=5.0,
+        median_residuals=torch.zeros(1),
+        region_masses=torch.zeros(1),
     )
 
 

@@ -12,7 +12,9 @@ FAR_MM = 1000.0  # slices so far apart do not blur into each other
 def make_calibration(intensity):
     """A calibration of which only the intensity counts."""
     nothing = torch.zeros(1)
-    return Calibration(nothing, nothing, nothing, torch.tensor(intensity).float(), nothing, nothing, 5.0)
+    return Calibration(
+        nothing, nothing, nothing, torch.tensor(intensity).float(), nothing, nothing, 5.0, nothing, nothing
+    )
 
 
 def test_deviation_is_the_z_score_of_the_smoothed_slice():

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from common.cli import DataError
-from models.anomaly import compute_residual, find_median, map_anomalies, score_scan, score_slices
+from models.anomaly import compute_residual, find_largest_mass, find_median, map_anomalies, score_scan, score_slices
 from models.calibration import STATE_KEYS, Calibration, compute_p_values, count_needed_scans
 from tests.reference import calibrate_plainly, make_scan
 
@@ -51,6 +51,7 @@ def compared():
         ("texture_edges", (2, 11), 2e-3),
         ("intensity", (2, 16, 32, 32), 1e-4),
         ("scan_scores", (3,), 0.01),
+        ("region_masses", (3,), 0.02),
         ("slice_scores", (34,), 0.015),
         ("voxel_threshold", (), 0.005),
     ],
@@ -199,7 +200,7 @@ def make_calibration(scan_scores, slice_scores=(0.0,)):
     """A calibration of these scores alone."""
     nothing = torch.zeros(1)
     scores = (torch.tensor(values).float() for values in (scan_scores, slice_scores))
-    return Calibration(nothing, nothing, nothing, nothing, *scores, 5.0)
+    return Calibration(nothing, nothing, nothing, nothing, *scores, 5.0, torch.ones(2), torch.ones(2))
 
 
 def test_p_values_by_hand():
@@ -268,7 +269,7 @@ def test_model_pt_keeps_it_under_its_old_names():
     calibration = fit([make_scan(1), make_scan(2)])
     state = calibration.to_state()
     old = ["expected", "looks", "by_look", "intensity", "scan_scores", "slice_scores", "threshold"]
-    assert list(state) == [*old, "median_residuals"]
+    assert list(state) == [*old, "median_residuals", "region_masses"]
     for name, values in state.items():
         assert values.dtype == torch.float32, name
         assert torch.isfinite(values).all(), name
@@ -284,7 +285,7 @@ def test_model_pt_keeps_it_under_its_old_names():
 @pytest.mark.parametrize(("name", "key"), STATE_KEYS.items())
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_calibration_of_no_numbers_is_neither_written_nor_read(name, key, value):
-    good = replace(make_calibration([1.0, 2.0]), median_residuals=torch.ones(2))
+    good = make_calibration([1.0, 2.0])
     values = torch.as_tensor(getattr(good, name)).clone()
     values.view(-1)[0] = value
     words = f"the {name.replace('_', ' ')} of its calibration is not finite"
@@ -303,7 +304,7 @@ def test_it_moves_to_another_device():
     moved = fit([make_scan(1)]).to("meta")
     devices = {name: values.device.type for name, values in vars(moved).items() if name != "voxel_threshold"}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 7
+    assert len(devices) == 8
     assert moved.voxel_threshold > 0
 
 
@@ -325,10 +326,20 @@ def test_a_scan_fits_up_to_twice_as_far_from_the_median_as_the_highest_healthy_o
     calibration = replace(fit([make_scan(1), make_scan(2)]), median_residuals=torch.tensor([0.8, 1.0, 1.5]))
     assert calibration.measure_misfit(2.2) is None
     assert calibration.measure_misfit(2.3) == pytest.approx(2.3)
-    assert replace(calibration, median_residuals=torch.empty(0)).measure_misfit(99.0) is None
 
 
-def test_a_calibration_of_before_median_residuals_were_kept_still_loads():
-    state = fit([make_scan(1), make_scan(2)]).to_state()
-    del state["median_residuals"]
-    assert Calibration.from_state(state).measure_misfit(99.0) is None
+def test_the_mass_of_a_region_is_its_sum_times_a_pixels_volume():
+    anomaly = torch.ones(3, 8, 8)
+    anomaly[0, 1:3, 1:4] = 5.0  # one region of two slices
+    anomaly[1, 2, 3:6] = 4.0
+    anomaly[2, 7, 7] = 30.0  # touches nothing
+    anomaly[:, :, 0] = torch.nan
+    anomaly[1, 3, 4] = 3.9
+    assert find_largest_mass(anomaly, 4.0, (3.0, 2.0)) == pytest.approx((6 * 5 + 3 * 4) * 3 * 2 * 2 / 1000)
+    assert find_largest_mass(anomaly, 31.0, (3.0, 2.0)) == 0
+
+
+def test_a_region_is_compared_with_the_largest_of_each_healthy_scan():
+    calibration = replace(make_calibration([1.0] * 4), region_masses=torch.tensor([0.0, 2.0, 3.0, 9.0]))
+    assert calibration.p_values_of_regions([10.0, 9.0, 2.5, 0.1]) == [1 / 5, 2 / 5, 3 / 5, 4 / 5]
+    assert calibration.p_values_of_regions([]) == []

@@ -46,7 +46,7 @@ def test_the_tables_have_a_row_for_each(evaluation, processed):
     assert list(slices[0]) == ["label", "scan", "subject", "slice", "lesion_voxels", "p_value", *scores]
     known = ["label", "scan", "subject", "lesion_known", "p_value", "flagged"]
     assert list(rows[0]) == [*known, *scores, "age", "sex"]
-    regions = ["label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean"]
+    regions = ["label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean", "p_value"]
     assert (out / "regions.csv").read_text().splitlines()[0] == ",".join(regions)
     lesions = ["label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak"]
     assert (out / "lesions.csv").read_text().splitlines()[0] == ",".join(lesions)

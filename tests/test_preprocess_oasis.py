@@ -204,7 +204,7 @@ def test_heads_with_and_without_skull_are_refused_and_do_not_mix(tree):
     large = nib.Nifti1Image(HEAD.get_fdata(), HEAD.affine @ np.diag([1.4, 1.4, 1.4, 1]))  # 3.4 l: no brain
     nib.save(large, tree / "raw/train/normal/skull_T1w.nii")
     with pytest.raises(DataError, match=r"3 scans lack the skull and 1 do not.*skull_T1w$"):
-        run(tree / "raw", tree / "out")
+        run(tree / "raw", tree / "out", "--strip", "never")
     with pytest.raises(DataError, match="skull_off"):
         check_same_settings(list(list_scans(tree / "out")))
 

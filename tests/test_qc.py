@@ -5,6 +5,7 @@ import pytest
 
 from preprocessing.qc import draw_contact_sheet
 from preprocessing.store import read_scan, write_scan
+from preprocessing.strip import Extracted
 from tests.test_store import RECORD
 
 SIZE = 16
@@ -18,14 +19,14 @@ def figures(monkeypatch):
     return drawn
 
 
-def make_scan(root, name, place="train/normal", marks=None):
+def make_scan(root, name, place="train/normal", marks=None, stripped=None):
     """A stored scan of three slices; only the middle one is marked, at (row, column)."""
     stack = np.full((3, SIZE, SIZE), 0.5, np.float16)
     if marks:
         stack[1][marks] = 1
     record = RECORD | {"slices": [4, 5, 6], "size": SIZE, "subject": name, "axes": "PSR", "shape": [30, 30, 30]}
     del record["lesion_voxels"]
-    write_scan(root / place / name, stack, None, record)
+    write_scan(root / place / name, stack, None, record, stripped)
     return read_scan(root / place / name)
 
 
@@ -88,3 +89,13 @@ def test_forty_scans_a_page(number, pages, tmp_path, figures):
 def test_a_page_is_a_picture_whatever_the_names_hold(tmp_path):
     (path,) = draw_contact_sheet([make_scan(tmp_path, "$x_{$ 脳")], tmp_path)
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_extracted_brain_is_an_outline_in_the_head(tmp_path, figures):
+    head = np.linspace(0, 1, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.float16)
+    stripped = Extracted(np.ones((30, 30, 30), bool), np.eye(4), head)
+    draw_contact_sheet([make_scan(tmp_path, "a", stripped=stripped), make_scan(tmp_path, "b")], tmp_path)
+    with_head, without = figures[0].axes[:2]
+    np.testing.assert_array_equal(with_head.images[0].get_array(), head)
+    assert len(with_head.collections) == 1
+    assert not without.collections

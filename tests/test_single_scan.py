@@ -97,7 +97,7 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
 
 
 def test_regions_are_printed_the_ten_largest_first(folder, capsys):
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.8)
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=torch.zeros(39))
     regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
     assert len(regions) > 10
     assert run_scan(folder, "--smallest-ml", "0") == 0
@@ -108,6 +108,21 @@ def test_regions_are_printed_the_ten_largest_first(folder, capsys):
     assert [row[2] for row in printed] == [region["side"] for region in regions[:10]]
     assert f"    and {len(regions) - 10} smaller ones" in lines
     assert any(line.startswith(f"  {len(regions)} regions of at least 0 ml") for line in lines)
+
+
+def test_regions_that_healthy_scans_commonly_show_are_counted_only(folder, capsys):
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=torch.zeros(39))
+    regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
+    assert {region["p_value"] for region in regions} == {1 / 40}
+    largest, second = sorted((region["volume_ml"] * region["mean"] for region in regions), reverse=True)[:2]
+    healthy = torch.tensor([0.0] * 30 + [(largest + second) / 2] * 3 + [2 * largest] * 6).float()
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=healthy)
+    assert run_scan(folder, "--smallest-ml", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (printed,) = [line for line in lines if "peak" in line]
+    assert printed.endswith("as large and strong in 6 of 39 healthy scans")
+    told = f"; beside {len(regions) - 1} that healthy scans commonly show"
+    assert any(line.startswith("  1 regions of at least 0 ml") and line.endswith(told) for line in lines)
 
 
 def test_it_is_said_why_there_is_no_verdict(folder, capsys):
