@@ -1,13 +1,16 @@
-# Two commands for a fresh machine with Python 3.10 or later: `make demo` and `make test`.
+# For a fresh machine with Python 3.10 or later: `make answer`, `make demo` and `make test`.
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := Dataset/demo
 
-.PHONY: demo test
+.PHONY: answer demo test
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -r requirements.txt
 	touch $@
+
+answer: .venv/ready
+	$(PY) evaluation/evaluate.py --scan Dataset/example/painted_T1w.nii.gz Dataset/example/head_T1w.nii.gz
 
 demo: .venv/ready
 	$(PY) preprocessing/demo_cohort.py --raw $(DEMO)/raw

@@ -171,7 +171,7 @@ def make_store(folder: Path, scans: int, slices: int, size: int) -> list[StoredS
         stack = np.where(np.hypot(rows, columns) < 0.4 * size, values.clip(0.01, 1), 0).astype(np.float16)
         source = f"{number}_T1w.nii"
         record = {"subject": str(number), "source": source, "sources": {source: f"{number:064d}"}}
-        record |= {"format": 3, "keep": 1.0, "skull_off": True, "scale": [0, 1, 1]} | geometry.to_record()
+        record |= {"format": 4, "keep": 1.0, "skull_off": True, "scale": [0, 1, 1]} | geometry.to_record()
         write_scan(folder / "train" / "normal" / f"{number}_T1w", stack, None, record)
     return list(list_scans(folder))
 

@@ -37,6 +37,14 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
     return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32 here"
 
 
+def find_precision(name: str, device: torch.device) -> torch.dtype:
+    """The precision of that name; float32 where this CPU can only imitate bf16, which takes ten times as long."""
+    imitated = device.type == "cpu" and not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.float32 if imitated else PRECISIONS[name]
+
+
 def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
     """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several."""
     images, channels, size = 16, 64, 32

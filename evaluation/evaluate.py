@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,25 +21,26 @@ from common.interrupts import stop_in_one_line
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
-from common.cli import HelpFormatter, bounded, list_flags, parse_flags, run_script, set_up_logging
+from common.cli import HelpFormatter, bounded, list_flags, log, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from evaluation.predictor import Predictor
 from evaluation.single_scan import ScanFiles, predict_files
 from evaluation.test_set import TestSet, evaluate
+from models.checkpoint import PRETRAINED
 from preprocessing.images import parse_axes
 from preprocessing.layouts import ENDINGS
 from preprocessing.strip import STRIP
 
 EXAMPLE = """examples:
   python evaluation/evaluate.py --run runs/dae --data Dataset/processed/test --maps
-  python evaluation/evaluate.py --run runs/dae --scan patient_T1w.nii.gz --brain-mask patient_brain.nii.gz"""
+  python evaluation/evaluate.py --scan patient_T1w.nii.gz"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="run folder of train.py")
+    parser.add_argument("--run", type=Path, help="run folder of train.py; left out: the model that ships")
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help="slices: normal/, abnormal/")
     parser.add_argument(
         "--scan", type=Path, nargs="+", action="extend", metavar="FILE", help="scan files to predict, instead of --data"
@@ -62,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of a --scan with several, from 0")
     parser.add_argument(
-        "--out", type=Path, help="output folder; left out: evaluation/, or scans/ for --scan, in the run"
+        "--out",
+        type=Path,
+        help="output folder; left out: evaluation/, or scans/ for --scan, in runs/pretrained or --run",
     )
     on_or_off = argparse.BooleanOptionalAction
     parser.add_argument(
@@ -112,23 +116,27 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(parser, args.device)
     set_up_logging(args.quiet or args.json)
     keep_freed_memory()
+    run = args.run or Path(os.path.relpath(PRETRAINED))
+    home = args.run or Path("runs/pretrained")
+    if not args.run:
+        log.info("with the model that ships (%s); --run takes another", run)
     predictor = Predictor.load(
-        args.run / "model.pt",
+        run / "model.pt",
         device,
         batch_size=args.batch_size,
         false_positive_rate=args.false_positive_rate,
         smallest_ml=args.smallest_ml,
     )
     if args.scan:
-        out = args.out or args.run / "scans"
+        out = args.out or home / "scans"
         files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
         bar = args.json and not args.quiet  # verdicts show the progress where they are printed
         code, content = predict_files(ScanFiles(files, out, args.axes, args.volume, bar, args.strip), predictor)
-        content = {"run": str(args.run)} | content
+        content = {"run": str(run)} | content
     else:
-        out = args.out or args.run / "evaluation"
+        out = args.out or home / "evaluation"
         test_set = TestSet(
-            args.run, args.data, out, args.maps, args.bids, args.panels, args.lesions, args.quiet, list_flags(args)
+            run, args.data, out, args.maps, args.bids, args.panels, args.lesions, args.quiet, list_flags(args)
         )
         code, content = evaluate(test_set, predictor)
     if args.json:

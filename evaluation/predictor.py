@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.cli import DataError
-from common.device import PRECISIONS
+from common.device import find_precision
 from evaluation.regions import list_regions
 from models.anomaly import compute_residual, find_median, reconstruct, score_mse, score_scan, score_slices, smooth_map
 from models.baselines import map_brightness, map_deviation
@@ -105,7 +105,7 @@ class Predictor:
                 calibration=Calibration.from_state(content["calibration"]).to(device),
                 slices=content["slices"],
                 seen=frozenset(content["seen"]),
-                precision=PRECISIONS[content["precision"]],
+                precision=find_precision(content["precision"], device),
                 **options,
             )
         except DataError as error:

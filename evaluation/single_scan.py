@@ -23,7 +23,7 @@ from evaluation.test_set import explain_no_flag
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
 from preprocessing.strip import save_brain_mask
-from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
+from preprocessing.worker import FORMAT, MOST_NAME_BYTES, CutSettings, cut_scan
 
 SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
@@ -57,6 +57,11 @@ class ScanFiles:
 
 def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
     """Take scans from their files to a verdict; returns (exit code, all that was found, as plain values)."""
+    if predictor.slices["format"] != FORMAT:
+        raise DataError(
+            f"the model was trained on slices of version {predictor.slices['format']}, and scans are now cut as "
+            f"version {FORMAT}; preprocess and train again"
+        )
     scans.out.mkdir(parents=True, exist_ok=True)
     found, skipped, names = [], [], set()
     for path, mask in tqdm(scans.files, desc="predicting", unit="scan", disable=None if scans.bar else True):
@@ -137,7 +142,8 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
     rare = [region for region in regions if region["p_value"] <= COMMON]
     common = f"{len(regions) - len(rare)} that healthy scans commonly show" if len(regions) > len(rare) else ""
     limit = f"of at least {predictor.smallest_ml:g} ml, at {prediction.threshold:.1f} times the scan's median or more"
-    log.info("  %d regions %s%s", len(rare), limit, common and f"; beside {common}")
+    count = f"{len(rare)} region{'s' * (len(rare) != 1)}"
+    log.info("  %s %s%s", count, limit, common and f"; beside {common}")
     for region in rare[:REGIONS_LISTED]:
         place = ", ".join(f"{region[f'{axis}_mm']:.0f}" for axis in "xyz")
         size = f"{region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}"

@@ -13,6 +13,7 @@ from common.cli import DataError
 from common.files import open_regular, write_atomically
 from models.autoencoder import MODELS
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # the run folder of the model that ships
 LARGEST, DEEPEST = 1 << 14, 10  # numbers in a config, levels
 
 

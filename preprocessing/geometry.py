@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
-from scipy import sparse
+from scipy import ndimage, sparse
 
 from common.cli import DataError
 from preprocessing.oblique import StraightGrid
@@ -23,6 +23,7 @@ SLICE_HOLDS_BRAIN_MM2 = 100  # a slice with less than 1 cm2 of brain does not co
 MEDIAN = 0.62  # of the brain, after the scaling
 BRAIN_FLOOR = 1e-3  # the least value of a brain pixel, so that `slice > 0` is the brain
 ONE = 0x3C00  # the bits of 1 in float16; those of what is negative, infinite or no number are larger
+RIM_MM = 6.0  # depth at which brain masks of different tools differ no more
 SLICE_THICKNESS_MM = 2.0  # thinner slices are averaged to this, so that 1 mm scans resemble 2 mm ones
 
 Scale = tuple[float, float, float]  # (low, high, exponent) of `scale_intensity`
@@ -206,12 +207,7 @@ def cut_stack(
     geometry = place_stack(volume, brain, skull_off, keep, size, fov_mm)
     if volume.missing is not None and (volume.missing & brain).any():
         raise DataError(f"{(volume.missing & brain).sum()} voxels of its brain are not finite; convert it again")
-    # percentiles need no more of the voxels than every one at about 2 mm
-    coarse = tuple(
-        slice(b.start, b.stop, max(1, round(2 / s)))
-        for b, s in zip(find_box(brain), volume.spacing_mm[::-1], strict=True)
-    )
-    scale = scale_intensity(volume.values.T[coarse][brain.T[coarse]])
+    scale = scale_intensity(sample_interior(volume, brain))
     stack = geometry.cut(volume, brain, scale)
     bits = stack.view(np.uint16)  # of float16 from 0 to 1, in the order of the numbers; faster than these
     if bits.max() > ONE:
@@ -257,10 +253,26 @@ def keep_middle(holds: np.ndarray, keep: float) -> np.ndarray:
     return held[0] + (extent - count) // 2 + np.arange(count)
 
 
+def sample_interior(volume: Volume, brain: np.ndarray) -> np.ndarray:
+    """Values (n,) of a scan at least RIM_MM within its brain (X, Y, Z) bool, about one each 2 mm; of all if none is.
+
+    What lies at the rim, air or fluid or none, depends on the tool that stripped the skull.
+    """
+    box = find_box(brain)
+    steps = [max(1, round(2 / side)) for side in volume.spacing_mm[::-1]]
+    coarse = tuple(slice(part.start, part.stop, step) for part, step in zip(box, steps, strict=True))
+    inside, values = brain.T[coarse], volume.values.T[coarse]
+    reach = [round(RIM_MM / (side * step)) for side, step in zip(volume.spacing_mm[::-1], steps, strict=True)]
+    # of uint8 a minimum is faster than an erosion; beyond the box there is no brain
+    interior = ndimage.minimum_filter(inside.view(np.uint8), [2 * r + 1 for r in reach], mode="constant") > 0
+    return values[interior if interior.any() else inside]
+
+
 def scale_intensity(values: np.ndarray) -> Scale:
     """The scanner values (low, high) that become 0 and 1, and the exponent that then brings the median to MEDIAN.
 
-    From the brain's values, by robust percentiles; scanners differ by a contrast curve that the exponent takes away.
+    From the values within the brain, by robust percentiles: the lowest are fluid of the ventricles. Scanners differ
+    by a contrast curve that the exponent takes away.
     """
     low, median, high = (float(value) for value in np.percentile(values, (0.5, 50, 99.5)))
     if not high - low > 1e-6 * max(abs(low), abs(high)):  # float32 resolves no more

@@ -32,7 +32,7 @@ class Extracted(NamedTuple):
 
 
 def extract_brain(path: Path, volume: Volume) -> np.ndarray:
-    """The brain (X, Y, Z) bool of a head, by deepbet (Fisch et al., Human Brain Mapping 2024), in some seconds.
+    """The brain (X, Y, Z) bool of a head, by deepbet (Fisch et al., 2024), in some seconds.
 
     path names the scan in a DataError: where nothing like a brain is found, or its volume is not that of a brain.
     """

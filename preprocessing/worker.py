@@ -19,7 +19,7 @@ from preprocessing.store import LoadedScan, StoredScan, change_record, read_scan
 from preprocessing.strip import Extracted, extract_brain
 from preprocessing.volume import BRAIN_ML, Volume, find_brain, read_volume
 
-FORMAT = 3  # version of the slices; raise it when a scan would give other slices
+FORMAT = 4  # version of the slices; raise it when a scan would give other slices
 MASK_RULES = 2  # version of reading masks and finding brains; raise it when few scans would give other slices
 MOST_LESION = 0.5  # of the brain
 MOST_NAME_BYTES = 200  # file systems allow 255, and files made from a scan have longer names

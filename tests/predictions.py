@@ -14,9 +14,10 @@ from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from models.checkpoint import build_model, load_model, save_checkpoint
 from preprocessing.geometry import Geometry
 from preprocessing.store import LoadedScan, check_same_settings, list_scans
+from preprocessing.worker import FORMAT
 
 SIZE, PIXEL_MM = 32, 4.0
-SETTINGS = {"size": SIZE, "format": 2, "skull_off": True, "keep": 0.7, "pixel_mm": PIXEL_MM}
+SETTINGS = {"size": SIZE, "format": FORMAT, "skull_off": True, "keep": 0.7, "pixel_mm": PIXEL_MM}
 
 
 def make_geometry(slices: int, first: int, size: int, spacing_mm: tuple, pixel_mm: float) -> Geometry:

@@ -74,7 +74,7 @@ def test_a_run_leaves_slices_a_record_and_a_contact_sheet(tree, capsys):
     assert read_places(tree / "out") == {"a_T1w": "train/normal", "b_T1w": "val/normal", "c_T1w": "test/abnormal"}
     record = read_record(tree / "out")
     assert record["layout"] == "split/label tree"
-    assert record["format"] == 3
+    assert record["format"] == 4
     assert record["scans"] == {"test/abnormal": 1, "train/normal": 1, "val/normal": 1}
     assert record["splits"] == {"a": "train", "b": "val", "c": "test"}
     assert (record["subjects"], record["skipped"], record["left_out"]) == (3, [], [])
@@ -153,7 +153,7 @@ def test_every_slice_is_float16_in_0_to_1_and_the_brain_above_0(processed):
         assert stack.min() == 0
         assert 0.9 < stack.max() <= 1
         assert stack[stack > 0].min() >= np.float16(1e-3)
-        assert np.median(stack[stack > 0]) == pytest.approx(0.62, abs=0.06)
+        assert np.median(stack[stack > 0]) == pytest.approx(0.55, abs=0.1)  # 0.62 in the interior; the rim is darker
         assert scan.record["axes"] == "".join(nib.aff2axcodes(nib.load(scan.record["source"]).affine))
         assert len(list(scan.folder.glob("slice_*.npy"))) == len(scan.indices)
 

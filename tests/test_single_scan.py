@@ -122,7 +122,7 @@ def test_regions_that_healthy_scans_commonly_show_are_counted_only(folder, capsy
     (printed,) = [line for line in lines if "peak" in line]
     assert printed.endswith("as large and strong in 6 of 39 healthy scans")
     told = f"; beside {len(regions) - 1} that healthy scans commonly show"
-    assert any(line.startswith("  1 regions of at least 0 ml") and line.endswith(told) for line in lines)
+    assert any(line.startswith("  1 region of at least 0 ml") and line.endswith(told) for line in lines)
 
 
 def test_it_is_said_why_there_is_no_verdict(folder, capsys):

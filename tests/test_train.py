@@ -76,6 +76,33 @@ def test_a_resumed_run_keeps_its_precision(processed, tmp_path, monkeypatch, cap
         training.main([*command, "--precision", "fp32"])
 
 
+def test_a_run_starts_from_another_model_and_knows_what_that_has_seen(processed, run, tmp_path, capsys):
+    command = ["--data", str(processed), "--init", str(run), "--steps", "1", "--lr", "1e-9", "--model", "cae"]
+    assert training.main([*command, "--run", str(tmp_path / "on")]) == 0
+    assert "2 validation scans are known to the model of --init" in capsys.readouterr().err
+    before, after = (load_checkpoint(folder / "model.pt") for folder in (run, tmp_path / "on"))
+    assert after["config"] == before["config"]
+    learned = [name for name, values in after["weights"].items() if "running" not in name and "num_batches" not in name]
+    for name in learned:
+        torch.testing.assert_close(after["weights"][name], before["weights"][name], rtol=1e-3, atol=1e-6)
+    (tmp_path / "elsewhere").mkdir()
+    save_checkpoint(tmp_path / "elsewhere/model.pt", before | {"seen": ["a scan of another folder"]})
+    command[3] = str(tmp_path / "elsewhere")
+    assert training.main([*command, "--run", str(tmp_path / "new")]) == 0
+    assert "known to the model" not in capsys.readouterr().err
+    seen = set(load_checkpoint(tmp_path / "new/model.pt")["seen"])
+    assert seen == {"a scan of another folder", *before["seen"]}
+
+
+def test_slices_of_another_size_than_the_model_of_init_are_one_line(processed, untrained, tmp_path):
+    content = load_checkpoint(untrained / "model.pt")
+    content["config"]["size"] = 48
+    (tmp_path / "large").mkdir()
+    save_checkpoint(tmp_path / "large/model.pt", content)
+    with pytest.raises(DataError, match=r"large/model.pt: takes slices of 48 pixels and these have \d+; .* --size 48"):
+        training.main(["--data", str(processed), "--run", str(tmp_path / "run"), "--init", str(tmp_path / "large")])
+
+
 def test_two_processes_train_one_model(processed, tmp_path):
     """Their random numbers differ from those of one process, their batches do not: the losses are close."""
     flags = ["--data", str(processed), *TINY, "--batch-size", "35", "--steps", "5"]

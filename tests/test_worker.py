@@ -61,7 +61,7 @@ def test_a_scan_becomes_slices_a_lesion_and_a_record(scan):
     assert record["sources"] == hashes
     assert stored.hashes == (record["content"], hashes["a_T1w.nii"][:32])
     known = {"scan": "a_T1w", "source": str(scan.path), "subject": "a", "session": "s1", "age": 70.0, "sex": "F"}
-    made_with = {"format": 3, "keep": 0.7, "size": 32, "fov_mm": None, "volume": None, "axes_rule": [None, None]}
+    made_with = {"format": 4, "keep": 0.7, "size": 32, "fov_mm": None, "volume": None, "axes_rule": [None, None]}
     place = {"shape": [20, 24, 22], "axes": "RAS", "pixel_mm": 6.25, "spacing_mm": [8, 8, 8], "skull_off": True}
     wanted = known | made_with | place
     assert {key: record[key] for key in wanted} == wanted

@@ -69,8 +69,7 @@ def _train(
     for part in (scans, compare):
         in_memory, _ = fits_in_memory(sum(len(scan.indices) for scan in part), part[0].size, device)
         slices.append(SliceDataset(part, in_memory, device, offsets))
-    trainer = Trainer(config, *slices, Path(), quiet=bar is None)
-    trainer.model.load_state_dict(content["weights"])
+    trainer = Trainer(config, *slices, Path(), quiet=bar is None, init=content)
     trainer.model.train()
     batches = trainer.read_batches()
     for _ in trange(steps, desc=bar, unit="step", disable=bar is None or None):

@@ -24,7 +24,7 @@ from common.cli import DataError, HelpFormatter, bounded, log, parse_flags, run_
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from common.files import hold_folder
 from models.calibration import count_needed_scans
-from models.checkpoint import load_model, save_checkpoint
+from models.checkpoint import PRETRAINED, load_model, save_checkpoint
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.adaptation import STEPS, adapt
@@ -32,7 +32,7 @@ from training.adaptation import STEPS, adapt
 FEW_SCANS = 10
 EXAMPLE = """example:
   python preprocessing/preprocess_oasis.py --raw OWN --label normal --split 0 1 0 --processed Dataset/own
-  python training/calibrate.py --run runs/dae --data Dataset/own --out runs/dae-own"""
+  python training/calibrate.py --data Dataset/own --out runs/own"""
 
 
 def find_scans(data: Path, unlabelled: bool) -> list[StoredScan]:
@@ -82,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="run folder of train.py")
+    parser.add_argument(
+        "--run", type=Path, default=PRETRAINED, help="run folder of train.py; left out: the model that ships"
+    )
     parser.add_argument("--data", type=Path, required=True, help="slices of preprocess_oasis.py, at any depth")
     parser.add_argument("--out", type=Path, required=True, help="folder of the newly calibrated model")
     parser.add_argument(

@@ -44,7 +44,7 @@ from common.cli import (
 from common.device import add_device_flag, choose_device, choose_precision, fits_in_memory, keep_freed_memory
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, load_model
 from preprocessing.cohort import refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
@@ -53,6 +53,7 @@ from training.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 36000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
+FROM_A_MODEL = {"steps": 4000, "lr": 3e-4}  # what it knows is to stay
 NO_STATE = "is not the state of a training run; delete it to train again"
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
@@ -125,6 +126,19 @@ def load_state(run: Path, config: dict) -> dict | None:
     return state
 
 
+def load_init(run: Path | None, size: int) -> dict | None:
+    """The content of the model.pt to start from; DataError where it is none, or of slices of another size."""
+    if run is None:
+        return None
+    _, content = load_model(run / "model.pt")
+    if content["config"]["size"] != size:
+        raise DataError(
+            f"{run / 'model.pt'}: takes slices of {content['config']['size']} pixels and these have {size}; preprocess "
+            f"again with --size {content['config']['size']}"
+        )
+    return content
+
+
 def settle_precision(asked: str, state: dict | None, device: torch.device) -> str:
     """bf16 or fp32: as asked, as the run began, or what is faster on this device."""
     if state:
@@ -141,7 +155,9 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
     """Train one run to its end, from the start or from its last saved step."""
     run = args.run
     scans = find_training_scans(args.data, config["val_fraction"], config["seed"])
-    size = config["network"]["size"] = scans[0][0].size
+    size = scans[0][0].size
+    init = load_init(args.init, size)
+    config["network"] = init["config"] if init else config["network"] | {"size": size}
     if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
         raise DataError(
             f"--depth {config['network']['depth']}: {size} pixels, the side of a slice, is not a multiple of {coarsest}"
@@ -156,7 +172,7 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
             return
         config["precision"] = settle_precision(config["precision"], state, device)
         try:
-            trainer = start(config, args, scans, device)
+            trainer = start(config, args, scans, device, init)
             if state:
                 try:
                     trainer.resume(state)
@@ -176,9 +192,17 @@ def train(config: dict, args: argparse.Namespace, device: torch.device) -> None:
 
 
 def start(
-    config: dict, args: argparse.Namespace, scans: tuple[list[StoredScan], list[StoredScan]], device: torch.device
+    config: dict,
+    args: argparse.Namespace,
+    scans: tuple[list[StoredScan], list[StoredScan]],
+    device: torch.device,
+    init: dict | None,
 ) -> Trainer:
     """Write config.json, read the slices of the (training, validation) scans, and build the model."""
+    if init and (known := sum(not set(init["seen"]).isdisjoint(scan.hashes) for scan in scans[1])):
+        log.warning(
+            "%d validation scans are known to the model of --init, so new scans may be flagged too often", known
+        )
     if distributed.is_main():
         about = {"flags": list_flags(args), "commit": read_commit()}
         about |= {"torch": torch.__version__, "python": platform.python_version()}
@@ -189,7 +213,7 @@ def start(
     log.info("slices %s: %s", "held in memory" if in_memory else "read from disk ahead of need", why)
     name = config["network"]["model"]
     datasets = [SliceDataset(part, in_memory, device, MODELS[name].neighbour_offsets) for part in scans]
-    trainer = Trainer(config, *datasets, args.run, args.quiet)
+    trainer = Trainer(config, *datasets, args.run, args.quiet, init)
     weights = sum(parameter.numel() for parameter in trainer.model.parameters())
     log.info(
         "%s (%.1f M weights): %d slices of %d subjects, validation on %d slices of %d subjects, %d steps",
@@ -208,6 +232,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="slices of preprocess_oasis.py; a folder for each scanner, which are drawn from equally often",
     )  # fmt: skip
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="folder of this run")
+    parser.add_argument(
+        "--init", type=Path, metavar="RUN", help="start from the model of this run, such as models/pretrained, with "
+        "its network; --model, --width, --depth and --latent then do nothing"
+    )  # fmt: skip
     parser.add_argument("--model", choices=MODELS, default="dae", help="which autoencoder")
     count = bounded(int, least=1)
     parser.add_argument("--width", type=count, help="channels of the first level; left out: 64 for dae, 32 for cae")
@@ -215,10 +243,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
         "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 36000 for dae, "
-        "3000 for cae"
+        "3000 for cae, 4000 with --init"
     )  # fmt: skip
     parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
-    parser.add_argument("--lr", type=bounded(above=0), default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument(
+        "--lr", type=bounded(above=0), help="peak learning rate of Adam; left out: 0.001, or 0.0003 with --init"
+    )
     share = bounded(above=0, below=1)
     parser.add_argument(
         "--val-fraction", type=share, default=0.1, help="share of subjects set aside where there is no val/normal"
@@ -245,13 +275,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def configure(args: argparse.Namespace, device: torch.device) -> dict:
     """Everything that decides a run's result; its subjects and slice size are added once known."""
-    width, steps = (getattr(args, name) or DEFAULTS[args.model][name] for name in ("width", "steps"))
+    defaults = DEFAULTS[args.model] | (FROM_A_MODEL if args.init else {"lr": 1e-3})
+    width, steps, lr = (getattr(args, name) or defaults[name] for name in ("width", "steps", "lr"))
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     return {
         "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size,
-        "lr": args.lr, "val_fraction": args.val_fraction, "seed": args.seed, "device": device.type,
-        "precision": args.precision, "deterministic": args.deterministic,
+        "lr": lr, "init": args.init and str(args.init), "val_fraction": args.val_fraction, "seed": args.seed,
+        "device": device.type, "precision": args.precision, "deterministic": args.deterministic,
     }  # fmt: skip
 
 

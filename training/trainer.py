@@ -51,15 +51,27 @@ class Trainer:
     validation  healthy slices of other subjects, to choose the best weights and to calibrate
     run         the folder of the run
     quiet       no progress bars
+    init        the content of a model.pt whose weights it starts from; None: random ones
     """
 
-    def __init__(self, config: dict, train: SliceDataset, validation: SliceDataset, run: Path, quiet: bool = False):
+    def __init__(
+        self,
+        config: dict,
+        train: SliceDataset,
+        validation: SliceDataset,
+        run: Path,
+        quiet: bool = False,
+        init: dict | None = None,
+    ):
         self.config, self.train, self.validation, self.run = config, train, validation, run
         self.device = train.device
         self.hide_bars = quiet or None  # None: hidden where there is no terminal
         self.precision = PRECISIONS[config["precision"]]
         torch.manual_seed(config["seed"])
         self.model = build_model(config["network"]).to(self.device, memory_format=torch.channels_last)
+        if init:
+            self.model.load_state_dict(init["weights"])
+        self.seen_before = set(init["seen"]) if init else set()  # hashes of the scans that made those weights
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
         self.epoch_steps = count_epoch_steps(len(train), config["batch_size"], config["steps"])
@@ -230,7 +242,7 @@ class Trainer:
             "weights": self.best["weights"],
             "calibration": Calibration.fit(self.compare_validation()).to_state(),
             "slices": check_same_settings(scans),
-            "seen": sorted({one for scan in scans for one in scan.hashes}),
+            "seen": sorted(self.seen_before | {one for scan in scans for one in scan.hashes}),
             "precision": self.config["precision"],
             "step": self.best["step"],
             "val_loss": self.best["val_loss"],
