@@ -19,6 +19,7 @@ from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
 from evaluation.predictor import Prediction, Predictor
 from evaluation.test_set import explain_no_flag
+from preprocessing.dicom import open_scan
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
 from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
@@ -37,6 +38,7 @@ class ScanFiles:
     axes    where the stored axes point, for a header that does not say
     volume  which volume of a file with several, from 0
     bar     whether a progress bar is shown
+    series  the number of the DICOM series, for a folder with several
     """
 
     files: list[tuple[Path, Path | None]]
@@ -44,6 +46,7 @@ class ScanFiles:
     axes: str | None
     volume: int | None
     bar: bool
+    series: int | None = None
 
 
 def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
@@ -72,12 +75,13 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     names  names already used by this command; this scan's is added
     """
     for file in (path, mask):
-        if file and not file.is_file():
+        if file and not (file.is_file() or (file is path and file.is_dir())):
             why = "is not a regular file" if file.exists() else "no such file"
             raise DataError(f"{file}: {why}; give existing files with --scan and --brain-mask")
     slices = predictor.slices
     cut = CutSettings(slices["keep"], slices["size"], slices["size"] * slices["pixel_mm"], scans.volume)
-    scan = cut_scan(path, mask, cut, scans.axes)
+    with open_scan(path, scans.series) as file:
+        scan = replace(cut_scan(file, mask, cut, scans.axes), source=str(path))
     scan = replace(scan, name=choose_name(scan, scans.out, names))
     names.add(scan.name)
     seen = is_seen(scan, predictor)
