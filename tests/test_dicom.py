@@ -246,7 +246,7 @@ def test_a_series_goes_the_road_of_a_file(tmp_path, capsys):
     assert f"{raw}/sub-01/ses-2/mixed, series 7 (FLAIR, 22 files): shows flair, not t1" in said
     assert run(raw, out, *flags) == 0
     assert list_files(raw) == before
-    names = ["sub-01_ses-1_dicom-4_T1_MPRAGE", "sub-01_ses-2_mixed_dicom-4_t1_mprage_sag_p2_iso", "sub-02"]
+    names = ["sub-01_ses-1", "sub-01_ses-2_mixed", "sub-02"]
     scans = {scan.name: scan for scan in list_scans(out)}
     assert sorted(scans) == names
     assert [(scans[name].subject, scans[name].record["session"]) for name in names] == [
@@ -258,15 +258,34 @@ def test_a_series_goes_the_road_of_a_file(tmp_path, capsys):
     assert "dicom" not in scans["sub-02"].record
 
 
+def test_a_folder_gives_its_best_series_and_a_mask_is_for_its_own_folder(tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for number, name in enumerate("ab", 1):
+        write_series(raw / name, make_image(seed=number), SeriesDescription="AX T1 SE thin slices")
+    write_series(raw / "a", None, "f{}", SeriesNumber=2, SeriesDescription="field map")
+    with open_scan(raw / "b") as file:
+        image = nib.load(file)
+        inside = (image.get_fdata() > 0).astype(np.uint8)
+    for name in ("a/mask.nii.gz", "b/dicom-4_AX_T1_SE_thin_slices_brain_mask.nii.gz"):
+        nib.save(nib.Nifti1Image(inside, image.affine), raw / name)
+    assert run(raw, out, "--label", "normal", "--split", "1", "0", "0") == 0
+    files = {scan.name: sorted(scan.record["sources"]) for scan in list_scans(out)}
+    assert files["a"] == ["dicom-4_AX_T1_SE_thin_slices.nii.gz", "mask.nii.gz"]
+    assert files["b"] == ["dicom-4_AX_T1_SE_thin_slices.nii.gz", "dicom-4_AX_T1_SE_thin_slices_brain_mask.nii.gz"]
+    (left_out,) = read_record(out)["left_out"]
+    assert left_out["file"] == f"{raw}/a, series 2 (field map, 22 files)"
+    assert "its session is read from" in left_out["why"]
+
+
 def test_the_split_label_tree_takes_series(tmp_path):
     write_series(tmp_path / "raw/train/normal/a", make_image(seed=1))
     write_series(tmp_path / "raw/val/normal/b", make_image(seed=2))
     write_series(tmp_path / "raw/test/abnormal/c", make_image(seed=3))
     assert run(tmp_path / "raw", tmp_path / "out") == 0
     assert read_places(tmp_path / "out") == {
-        "a_dicom-4_T1_MPRAGE": "train/normal",
-        "b_dicom-4_T1_MPRAGE": "val/normal",
-        "c_dicom-4_T1_MPRAGE": "test/abnormal",
+        "a": "train/normal",
+        "b": "val/normal",
+        "c": "test/abnormal",
     }
 
 
@@ -293,7 +312,7 @@ def test_a_series_is_converted_once_and_again_when_its_files_change(tmp_path, ca
     assert {Path(scan.record["dicom"]).parent for scan in list_scans(out)} == {moved}
     shutil.rmtree(moved / "b")
     assert run(moved, *command[1:]) == 0
-    assert list(read_places(out)) == ["a_dicom-4_T1_MPRAGE"]
+    assert list(read_places(out)) == ["a"]
 
 
 def test_a_bad_series_is_named_and_the_rest_goes_on(tmp_path, capsys):
@@ -308,7 +327,7 @@ def test_a_bad_series_is_named_and_the_rest_goes_on(tmp_path, capsys):
     assert run(*command) == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
     assert [line.split(f"{raw}/")[1][:9] for line in lines] == ["c/003.dcm", "b/003.dcm", "d, series"]
-    assert list(read_places(out)) == ["a_dicom-4_T1_MPRAGE"]
+    assert list(read_places(out)) == ["a"]
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
