@@ -193,6 +193,7 @@ def test_what_is_no_anatomical_mri_is_not_taken(tags, why, tmp_path):
         read(tmp_path / "raw/anna/1")
     write_series(tmp_path / "raw/anna/2")
     assert run(tmp_path / "raw", tmp_path / "out", "--label", "normal") == 0
+    assert len(read_places(tmp_path / "out")) == 1
     (left_out,) = read_record(tmp_path / "out")["left_out"]
     assert "raw/anna/1, series 4" in left_out["file"]
     assert left_out["why"].startswith(why)
