@@ -196,7 +196,7 @@ def refuse_copies(sides: Iterable[tuple[str, StoredScan]]) -> None:
             if other_side != side:
                 raise DataError(
                     f"{scan.folder}: holds the same scan as {other.folder}, one is in {side} and one in {other_side}; "
-                    f"delete one of {scan.record['source']} and {other.record['source']}"
+                    f"delete one of {scan.origin} and {other.origin}"
                 )
         copies += [(scan, other) for _, other in others[:1] if other is not scan]
     if copies:
@@ -208,8 +208,7 @@ def find_withdrawn(raw: Path, scans: list[Scan], stored: list[StoredScan]) -> li
     """The stored scans that came from this folder and are no longer among its scans."""
     planned, top = {(scan.split, scan.label, scan.name) for scan in scans}, os.path.abspath(raw)
     gone = [old for old in stored if (old.split, old.label, old.name) not in planned]
-    origins = [(old, record.get("dicom", record["source"])) for old in gone for record in [old.record]]
-    return [old for old, origin in origins if Path(os.path.abspath(origin)).is_relative_to(top)]
+    return [old for old in gone if Path(os.path.abspath(old.origin)).is_relative_to(top)]
 
 
 def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:

@@ -21,7 +21,7 @@ import dcm2niix
 import pydicom
 
 from common.cli import DataError, explain
-from common.files import open_regular, read_json, replace_when_whole, write_atomically
+from common.files import open_regular, read_json, write_atomically
 from preprocessing.scans import walk
 from preprocessing.subjects import strip_ending
 
@@ -74,15 +74,16 @@ class Series:
                 return
         record = {"folder": str(self.folder), "number": self.number, "description": self.description}
         record |= {"files": len(self.files), "fingerprint": fingerprint, "dcm2niix": dcm2niix.__version__}
-        with tempfile.TemporaryDirectory() as scratch:
-            volume = self._run_dcm2niix(Path(scratch))
-            try:
-                self.target.parent.mkdir(parents=True, exist_ok=True)
-                with replace_when_whole(self.target) as partial:
-                    shutil.copyfile(volume, partial)
-                write_atomically(record_path, json.dumps(record, indent=1).encode())
-            except OSError as error:
-                raise DataError(f"{self.target}: cannot be written ({explain(error)})") from error
+        scratch = self.target.with_name(f".partial-{self.target.name}")
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            scratch.mkdir(parents=True)
+            os.replace(self._run_dcm2niix(scratch), self.target)
+            write_atomically(record_path, json.dumps(record, indent=1).encode())
+        except OSError as error:
+            raise DataError(f"{self.target}: cannot be written ({explain(error)})") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _take_fingerprint(self) -> str:
         """Of the files' names, sizes and times: 64 hexadecimal digits."""
@@ -95,7 +96,10 @@ class Series:
         links = scratch / "files"
         links.mkdir()
         for number, path in enumerate(self.files):  # so that it sees these files alone, whatever lies beside them
-            (links / f"{number:06d}").symlink_to(path.absolute())
+            try:
+                (links / f"{number:06d}").symlink_to(path.absolute())
+            except OSError:  # a disk that has no links, such as exFAT
+                shutil.copyfile(path, links / f"{number:06d}")
         options = ["-g", "i", "-b", "n", "-z", "i", "-1", "-d", "0", "-f", "volume"]  # -g i: no user's own defaults
         try:
             done = dcm2niix.main(
@@ -112,7 +116,7 @@ class Series:
             where, why = self, f"exit code {done.returncode}"
             if damaged := re.search(rf"(?:Warning: )?(.*): {re.escape(str(links))}/(\d{{6}})", said):
                 where, why = self.files[int(damaged[2])], damaged[1]
-            raise DataError(f"{where}: dcm2niix cannot convert it ({why}); copy the series again")
+            raise DataError(f"{where}: dcm2niix cannot convert it ({why}); copy the series again, or free some space")
         if any("_Eq" in volume.name for volume in volumes):
             raise DataError(f"{self}: the distance between its slices varies, so some are missing; copy it again")
         if len(volumes) != 1:

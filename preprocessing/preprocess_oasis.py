@@ -86,15 +86,15 @@ def preprocess(args: argparse.Namespace) -> int:
     describe(args, found, stored)
     if args.dry_run:
         for old in withdrawn:
-            log.warning("would withdraw %s: %s is no longer among the scans", old.folder, old.record["source"])
+            log.warning("would withdraw %s: %s is no longer among the scans", old.folder, old.origin)
         for _, why in found.refused:
             log.warning("would skip %s", why)
         return 3 if found.refused else 0
     with hold_folder(args.processed, "--processed"):
         clear_leftovers(args.processed)
         for old in withdrawn:
-            source = old.record["source"]
-            log.warning("%s: is no longer among the scans; its slices were moved to %s", source, withdraw(old.folder))
+            origin = old.origin
+            log.warning("%s: is no longer among the scans; its slices were moved to %s", origin, withdraw(old.folder))
         return write_slices(args, found)
 
 
