@@ -207,9 +207,10 @@ def test_a_folder_is_predicted_like_its_nifti_file(tmp_path, capsys):
     write_series(tmp_path / "anna/T1")
     nib.save(make_image(), tmp_path / "anna.nii.gz")
 
+    command = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--device", "cpu", "--scan"]
+
     def predict(scan, *more):
-        command = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
-        assert evaluate([*command, "--scan", str(tmp_path / scan), *more]) == 0
+        assert evaluate([*command, str(tmp_path / scan), "--json", *more]) == 0
         return json.loads(capsys.readouterr().out)["scans"][0]
 
     folder, file = predict("anna/T1"), predict("anna.nii.gz")
@@ -219,6 +220,8 @@ def test_a_folder_is_predicted_like_its_nifti_file(tmp_path, capsys):
     maps = [nib.as_closest_canonical(nib.load(one["files"]["map"])) for one in (folder, file)]
     np.testing.assert_allclose(maps[0].affine, maps[1].affine, atol=1e-3)
     assert predict("anna/T1", "--series", "4")["files"] == folder["files"]  # its own files, written anew
+    assert evaluate([*command, str(tmp_path / "anna/T1")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "anna/T1")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="none: holds no DICOM images; give the folder of a DICOM series, or"):
         predict("none")
@@ -338,7 +341,7 @@ def test_what_is_left_is_whole_or_absent(tmp_path, monkeypatch):
 
     def fill_disk(options, **how):
         Path(options[options.index("-o") + 1], "volume.nii.gz").write_bytes(b"partial")
-        return subprocess.CompletedProcess(options, 1, b"", b"")
+        return subprocess.CompletedProcess(options, 1, b"Convert 22 DICOM as volume", b"")
 
     monkeypatch.setattr(dicom.dcm2niix, "main", fill_disk)
     with pytest.raises(DataError, match="not one of its 1 scans"):
