@@ -43,7 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, help="run folder of train.py; left out: the model that ships")
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help="slices: normal/, abnormal/")
     parser.add_argument(
-        "--scan", type=Path, nargs="+", action="extend", metavar="FILE", help="scan files to predict, instead of --data"
+        "--scan",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="scan files, or folders of a DICOM series, to predict instead of --data",
     )
     parser.add_argument(
         "--brain-mask",
@@ -62,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--axes", type=parse_axes, help="where a scan's axes point, if its header does not say, such as ASL"
     )
+    parser.add_argument("--series", type=bounded(int, least=0), help="which DICOM series of a folder with several")
     parser.add_argument("--volume", type=bounded(int, least=0), help="which volume of a --scan with several, from 0")
     parser.add_argument(
         "--out",
@@ -105,8 +111,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.brain_mask and len(args.brain_mask) != len(args.scan or ()):
         parser.error("--brain-mask takes one mask for each --scan")
     for path in args.scan or ():
-        if not path.name.lower().endswith(ENDINGS):
-            parser.error(f"{path}: does not have the name of a scan; --scan takes {', '.join(ENDINGS)}")
+        if not path.name.lower().endswith(ENDINGS) and not path.is_dir():
+            takes = f"{', '.join(ENDINGS)} and folders of a DICOM series"
+            parser.error(f"{path}: does not have the name of a scan; --scan takes {takes}")
+    if args.series is not None and not any(path.is_dir() for path in args.scan or ()):
+        parser.error("--series chooses from a folder of DICOM files; give that with --scan")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or home / "scans"
         files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
         bar = args.json and not args.quiet  # verdicts show the progress where they are printed
-        code, content = predict_files(ScanFiles(files, out, args.axes, args.volume, bar, args.strip), predictor)
+        scans = ScanFiles(files, out, args.axes, args.volume, bar, args.strip, args.series)
+        code, content = predict_files(scans, predictor)
         content = {"run": str(run)} | content
     else:
         out = args.out or home / "evaluation"

@@ -20,6 +20,7 @@ from evaluation.panels import draw_panels
 from evaluation.predictor import Prediction, Predictor
 from evaluation.regions import COMMON
 from evaluation.test_set import explain_no_flag
+from preprocessing.dicom import open_scan
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
 from preprocessing.strip import save_brain_mask
@@ -45,6 +46,7 @@ class ScanFiles:
     volume  which volume of a file with several, from 0
     bar     whether a progress bar is shown
     strip   whose brains are extracted, one of `strip.STRIP`; none where the model knows heads
+    series  the number of the DICOM series, for a folder with several
     """
 
     files: list[tuple[Path, Path | None]]
@@ -53,6 +55,7 @@ class ScanFiles:
     volume: int | None
     bar: bool
     strip: str = "auto"
+    series: int | None = None
 
 
 def predict_files(scans: ScanFiles, predictor: Predictor) -> tuple[int, dict]:
@@ -86,14 +89,15 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     names  names already used by this command; this scan's is added
     """
     for file in (path, mask):
-        if file and not file.is_file():
+        if file and not (file.is_file() or (file is path and file.is_dir())):
             why = "is not a regular file" if file.exists() else "no such file"
             raise DataError(f"{file}: {why}; give existing files with --scan and --brain-mask")
     slices = predictor.slices
     strip = scans.strip if slices["skull_off"] else "never"
     fov_mm = slices["size"] * slices["pixel_mm"]
     cut = CutSettings(slices["keep"], slices["size"], fov_mm, scans.volume, strip=strip)
-    scan = cut_scan(path, mask, cut, scans.axes)
+    with open_scan(path, scans.series) as file:
+        scan = replace(cut_scan(file, mask, cut, scans.axes), source=str(path))
     scan = replace(scan, name=choose_name(scan, scans.out, names))
     names.add(scan.name)
     seen = is_seen(scan, predictor)

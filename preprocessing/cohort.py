@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.cli import DataError, log
 from preprocessing.clinical import Clinical, read_clinical
+from preprocessing.dicom import Listing
 from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
 from preprocessing.store import StoredScan
 from preprocessing.subjects import key_subject
@@ -46,13 +47,21 @@ class CohortRules:
     axes: str | None = None
 
 
-def plan(raw: Path, processed: Path, rules: CohortRules, stored: list[StoredScan], splits: dict[str, str]) -> Search:
+def plan(
+    raw: Path,
+    processed: Path,
+    rules: CohortRules,
+    stored: list[StoredScan],
+    splits: dict[str, str],
+    dicom: Listing | None = None,
+) -> Search:
     """Find the scans and give each its label and split; no file is read but the clinical table.
 
     stored  what the slice store `processed` holds: its subjects keep their split
     splits  {subject: split} of an earlier plan, whose scans may not be in the store yet
+    dicom   the DICOM series below `raw`
     """
-    found = search(raw, rules.layout, rules.modality, processed, rules.pattern)
+    found = search(raw, rules.layout, rules.modality, processed, rules.pattern, dicom)
     if not found.scans:
         raise DataError(found.refused[0][1] if found.refused else explain_no_scans(raw, found.left_out))
     in_tree = found.layout.startswith(TREE)
@@ -187,7 +196,7 @@ def refuse_copies(sides: Iterable[tuple[str, StoredScan]]) -> None:
             if other_side != side:
                 raise DataError(
                     f"{scan.folder}: holds the same scan as {other.folder}, one is in {side} and one in {other_side}; "
-                    f"delete one of {scan.record['source']} and {other.record['source']}"
+                    f"delete one of {scan.origin} and {other.origin}"
                 )
         copies += [(scan, other) for _, other in others[:1] if other is not scan]
     if copies:
@@ -199,7 +208,7 @@ def find_withdrawn(raw: Path, scans: list[Scan], stored: list[StoredScan]) -> li
     """The stored scans that came from this folder and are no longer among its scans."""
     planned, top = {(scan.split, scan.label, scan.name) for scan in scans}, os.path.abspath(raw)
     gone = [old for old in stored if (old.split, old.label, old.name) not in planned]
-    return [old for old in gone if Path(os.path.abspath(old.record["source"])).is_relative_to(top)]
+    return [old for old in gone if Path(os.path.abspath(old.origin)).is_relative_to(top)]
 
 
 def refuse_mixture(what: str, sides: Iterable[tuple[bool, str | Path]]) -> None:

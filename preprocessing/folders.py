@@ -64,6 +64,8 @@ class _Volume:
 
     @property
     def rank(self) -> int | None:
+        if re.match(r"dicom-\d+(?:_|$)", self.base):  # a series of `dicom.list_series`
+            return 5 if self.contrast == "" else 1
         return _RANKS.get(self.base.lower())
 
 

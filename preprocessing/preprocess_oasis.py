@@ -1,9 +1,10 @@
 """Turn brain scans into axial slices for training and evaluation.
 
-Takes the OASIS discs as downloaded, several other data sets, or any folder of .nii, .nii.gz, .hdr/.img and .mgz files,
-and writes slices: upright, cropped around the brain, in [0, 1], split by subject. A folder with train/, val/ and test/,
-and in these normal/ and abnormal/, gives splits and labels itself; otherwise a clinical table or --label says which
-scans are normal. Scans that are done and unchanged are skipped, so the same command resumes an interrupted run.
+Takes the OASIS discs as downloaded, several other data sets, or any folder of .nii, .nii.gz, .hdr/.img and .mgz files
+or DICOM series, and writes slices: upright, cropped around the brain, in [0, 1], split by subject. A folder with
+train/, val/ and test/, and in these normal/ and abnormal/, gives splits and labels itself; otherwise a clinical table
+or --label says which scans are normal. Scans that are done and unchanged are skipped, so the same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from common.cli import (
 )
 from common.files import hold_folder, read_json, write_atomically
 from preprocessing.cohort import CohortRules, find_withdrawn, plan, refuse_copies, refuse_mixture
+from preprocessing.dicom import CONVERTED, list_series
 from preprocessing.images import parse_axes
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
@@ -79,20 +81,21 @@ def preprocess(args: argparse.Namespace) -> int:
         seed=args.seed,
         axes=args.axes,
     )
-    found = plan(args.raw, args.processed, rules, stored, _read_splits(args))
+    dicom = list_series(args.raw, args.processed / CONVERTED, args.processed)
+    found = plan(args.raw, args.processed, rules, stored, _read_splits(args), dicom)
     withdrawn = find_withdrawn(args.raw, found.scans, stored)
     describe(args, found, stored)
     if args.dry_run:
         for old in withdrawn:
-            log.warning("would withdraw %s: %s is no longer among the scans", old.folder, old.record["source"])
+            log.warning("would withdraw %s: %s is no longer among the scans", old.folder, old.origin)
         for _, why in found.refused:
             log.warning("would skip %s", why)
         return 3 if found.refused else 0
     with hold_folder(args.processed, "--processed"):
         clear_leftovers(args.processed)
         for old in withdrawn:
-            source = old.record["source"]
-            log.warning("%s: is no longer among the scans; its slices were moved to %s", source, withdraw(old.folder))
+            origin = old.origin
+            log.warning("%s: is no longer among the scans; its slices were moved to %s", origin, withdraw(old.folder))
         return write_slices(args, found)
 
 
@@ -112,7 +115,8 @@ def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) 
         log.info(f"  {split}/{label}: {len(group)} scans of {people} subjects, {masks} with a brain mask")
         for scan in group if args.dry_run else ():
             axes = f", axes {scan.axes} unless its header gives them" if scan.axes else ""
-            log.info(f"    {scan.name}: subject {scan.subject}, session {scan.session or '-'}{axes}, {scan.path}")
+            whose = f"subject {scan.subject}, session {scan.session or '-'}"
+            log.info(f"    {scan.name}: {whose}{axes}, {scan.series or scan.path}")
     for note in found.notes:
         log.info(f"  {note}")
     warn_of_masks(found)

@@ -54,6 +54,7 @@ def find_wrong(record: dict) -> str:
     wrong = {
         "subject": not (isinstance(record["subject"], str) and record["subject"]),
         "source": not _names_a_source(record),
+        "dicom": not isinstance(record.get("dicom", ""), str),
         "warnings": not _are_texts(record.get("warnings", [])),
         "content": not isinstance(record.get("content", ""), str),
         "session": not isinstance(record.get("session") or "", str),

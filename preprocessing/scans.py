@@ -7,15 +7,19 @@ import os
 import re
 import stat
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.cli import DataError
 from preprocessing.folders import arrange_folder, read_mask_name
 from preprocessing.layouts import CONTRAST, LAYOUTS, arrange, name_contrast, recognise
 from preprocessing.subjects import find_ambiguous, strip_ending, unify
 from preprocessing.vocabulary import ENDINGS
+
+if TYPE_CHECKING:
+    from preprocessing.dicom import Listing, Series
 
 SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
@@ -42,6 +46,7 @@ class Scan:
     sex: str | None = None  # "F" or "M"
     otherwise: str = ""  # the subject in another reading of the path (`subjects.Identity`)
     branch: str = ""  # folders above the subject's
+    series: Series | None = None  # the DICOM series that `path` is made of, by the worker
 
 
 class Search(NamedTuple):
@@ -70,8 +75,11 @@ def search(
     modality: str = "t1",
     besides: Path | None = None,
     pattern: str | None = None,
+    dicom: Listing | None = None,
 ) -> Search:
     """Find the scans under a folder, following symbolic links once and leaving out `besides` (the slice store).
+
+    Each series of `dicom`, of the same folder, counts as a NIfTI file in its own folder.
 
     Where there is a tree `<raw>/{train,val,test}/{normal,abnormal}`, it gives split and label, and each of its folders
     may have any layout. Otherwise the layout is `layout` or the one that fits the paths best, and split and label are
@@ -84,19 +92,22 @@ def search(
         raise DataError(f"{raw}: no such folder; give --raw the folder that holds the scans")
     places = [(split, label) for split in SPLITS for label in LABELS if (raw / split / label).is_dir()]
     in_tree = bool(places) and layout in (None, TREE)
+    series = {one.folder / one.target.name: one for one in dicom.series if not one.unfit} if dicom else {}
     if not in_tree:
         if layout == TREE:
             raise DataError(explain_no_scans(raw))
-        found = _search_folder(raw, layout, modality, besides, pattern)
+        found = _search_folder(raw, layout, modality, besides, pattern, series)
     else:
         parts = []
         for split in SPLITS:
-            parts += _search_split(raw, split, modality, besides, pattern)
+            parts += _search_split(raw, split, modality, besides, pattern, series)
         layouts = sorted({part.layout for part in parts if part.scans} - {"folder"})
         name = f"{TREE} of {', '.join(layouts)}" if layouts else TREE
         found = Search(name, *(_join(lists) for lists in list(zip(*parts, strict=True))[1:]))
     scans, same_names = _part_same_names(unify(found.scans))
-    return found._replace(scans=scans, refused=found.refused + same_names)
+    unfit = [(str(one), one.unfit) for one in dicom.series if one.unfit] if dicom else []
+    refused = found.refused + same_names + (dicom.refused if dicom else [])
+    return found._replace(scans=scans, left_out=found.left_out + unfit, refused=refused)
 
 
 def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
@@ -105,7 +116,7 @@ def explain_no_scans(raw: Path, left_out: list[tuple[str, str]] = ()) -> str:
     if others:
         return f"{raw}: its scans show {' and '.join(others)}; give --modality {others[0]}"
     return (
-        f"{raw}: holds no scans ({', '.join(ENDINGS)}) that fit its layout; put healthy scans into "
+        f"{raw}: holds no scans ({', '.join(ENDINGS)}, DICOM series) that fit its layout; put healthy scans into "
         f"{raw / 'train' / 'normal'}, or give --raw another folder"
     )
 
@@ -116,9 +127,13 @@ def list_volumes(folder: Path, besides: Path | None = None) -> list[Path]:
 
 
 def walk(
-    folder: Path, besides: Path | None = None
+    folder: Path, besides: Path | None = None, is_wanted: Callable[[str], bool] | None = None
 ) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """(image files; special files with such names, with why; folders that cannot be read, with why)."""
+    """(image files; special files with such names, with why; folders that cannot be read, with why).
+
+    is_wanted  tells the files to list by their names, instead of image files
+    """
+    is_wanted = is_wanted or (lambda name: name.lower().endswith(ENDINGS))
     seen = {os.path.realpath(besides)} if besides else set()
     files, passed_over, closed = [], [], []
 
@@ -133,7 +148,7 @@ def walk(
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in names if name.lower().endswith(ENDINGS) and name[0] != "."):
+        for path in (Path(place, name) for name in names if is_wanted(name) and name[0] != "."):
             if _is_special(path):
                 passed_over.append((path, "not a regular file"))
             else:
@@ -167,9 +182,15 @@ def explain_ambiguous(scans: list[Scan], raw: Path) -> str:
 
 
 def _search_folder(
-    folder: Path, layout: str | None, modality: str, besides: Path | None, pattern: str | None
+    folder: Path,
+    layout: str | None,
+    modality: str,
+    besides: Path | None,
+    pattern: str | None,
+    series: dict[Path, Series],
 ) -> Search:
     files, passed_over, closed = walk(folder, besides)
+    files += [path for path in series if path.is_relative_to(folder)]
     paths = [path.relative_to(folder).as_posix() for path in files]
     rules = LAYOUTS[layout] if layout else recognise(paths, modality)
     if modality not in rules.modalities:
@@ -182,7 +203,7 @@ def _search_folder(
     refused = [(path, f"{path}: --subject-pattern matches nothing in it; widen the pattern") for path in unknown]
     scans = [
         Scan(
-            path=folder / one.path,
+            path=series[folder / one.path].target if folder / one.path in series else folder / one.path,
             name=spell(one.name),
             split="",
             label="",
@@ -194,20 +215,24 @@ def _search_folder(
             distrusted=one.distrusted,
             otherwise=one.identity.otherwise,
             branch=one.identity.branch,
+            series=series.get(folder / one.path),
         )
         for one in found
         if one.identity
     ]
-    left_out = [(str(folder / path), why) for path, why in left_out] + [(str(path), why) for path, why in passed_over]
+    left_out = [(str(series.get(folder / path, folder / path)), why) for path, why in left_out]
+    left_out += [(str(path), why) for path, why in passed_over]
     return Search(rules.name, scans, left_out, refused + [(str(path), why) for path, why in closed])
 
 
-def _search_split(raw: Path, split: str, modality: str, besides: Path | None, pattern: str | None) -> list[Search]:
+def _search_split(
+    raw: Path, split: str, modality: str, besides: Path | None, pattern: str | None, series: dict[Path, Series]
+) -> list[Search]:
     """What the split of a tree holds: of each label, and the masks beside that no scan has."""
     labels, masks = [label for label in LABELS if (raw / split / label).is_dir()], _index_masks(raw / split / "masks")
     parts = []
     for label in labels:
-        part = _search_folder(raw / split / label, None, modality, besides, pattern)
+        part = _search_folder(raw / split / label, None, modality, besides, pattern, series)
         parts.append(part._replace(scans=[_place(scan, split, label, masks) for scan in part.scans]))
     return [*parts, Search("folder", [], _list_unused(masks, parts), [])]
 

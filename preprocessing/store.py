@@ -111,6 +111,12 @@ class StoredScan:
         return read_record(self.folder)
 
     @property
+    def origin(self) -> str:
+        """The scan's file, or the folder of its DICOM series."""
+        record = self.record
+        return record.get("dicom", record["source"])
+
+    @property
     def geometry(self) -> Geometry:
         return Geometry.from_record(self.record)
 

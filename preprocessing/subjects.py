@@ -84,6 +84,11 @@ def identify(path: str, pattern: str | None = None) -> Identity | None:
     With a pattern, searched in the path, only its group counts; None where it does not match.
     """
     parts = [part for part in strip_ending(path).split("/") if part]
+    if parts and (series := re.fullmatch(r"dicom-\d+_?(.*)", parts[-1])):
+        parts.pop()  # a series' number and description, such as t1_mpr_p2_iso, name nobody
+        own, above = (re.sub(r"[\W_]", "", text).lower() for text in (series[1], "".join(parts[-1:])))
+        if len(parts) > 1 and own and re.fullmatch(rf"\d*{own}\d*", above):
+            parts.pop()  # nor does a folder that is called the same
     if any(re.fullmatch(r"images(?:tr|ts)", part, re.IGNORECASE) for part in parts):
         parts[-1] = re.sub(r"_\d{4}$", "", parts[-1])  # nnU-Net's channels
     readings = [_read(part) for part in parts]

@@ -75,6 +75,7 @@ _COUNTED = r"(?:runs?|rep|repeat|repetition|acq|echo|series|ser|mpr|mp[-_]?rage|
 _RUN = _one_of(
     rf"""
     {_COUNTED}{GAP}(?!(?:{_DATE}){END})\d+  r\d\d?  i\d{{4,}}
+    (?<=sag_|tra_|cor_|mpr_|age_|ace_)p[2-4](?=_iso)
     (?:acq|rec|dir|desc|space|res|part|ce|mod|label|hemi|inv)-[^\W_]+
     """
 )

@@ -53,9 +53,12 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
     Where its file can no longer be used, its old slices are withdrawn from the store.
     """
     folder = processed / scan.split / scan.label / scan.name
+    origin = {"source": str(scan.path)} | ({"dicom": str(scan.series.folder)} if scan.series else {})
     if len(scan.name.encode()) > MOST_NAME_BYTES:
         return "skipped", f"{scan.path}: its name takes more than {MOST_NAME_BYTES} bytes; give it a shorter one"
     try:
+        if scan.series:
+            scan.series.convert()
         made_with = _describe(scan, settings)
         old = _find_old(folder, made_with)
         if old is None:
@@ -69,15 +72,15 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
         return "skipped", " ".join(str(error).split()) + _withdraw(folder)
     try:
         if old is None:
-            record = {"scan": scan.name, "source": str(scan.path), "content": loaded.hashes[0]}
+            record = {"scan": scan.name, **origin, "content": loaded.hashes[0]}
             record |= {} if lesion is None else {"lesion_voxels": list(loaded.lesion_voxels)}
             record |= {"warnings": list(loaded.warnings)} if loaded.warnings else {}
             record |= {"stripped": True} if loaded.stripped else {}
             place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
             write_scan(folder, loaded.stack, lesion, record | made_with | place, loaded.stripped)
             return "done", ""
-        if old.record["source"] != str(scan.path):  # the raw folder was moved
-            change_record(folder, source=str(scan.path))
+        if any(old.record.get(key) != value for key, value in origin.items()):  # the raw folder was moved
+            change_record(folder, **origin)
         return "unchanged", ""
     except OSError as error:
         return "skipped", f"{folder}: cannot be written ({explain(error)})"
