@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.device import choose_device, choose_precision, fits_in_memory, keep_freed_memory
+from common.device import choose_device, choose_precision, find_precision, fits_in_memory, keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -18,6 +18,17 @@ def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
     by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
     monkeypatch.setattr("common.device.measure_convolution", lambda device, kind: by_type[kind])
     assert choose_precision(CPU)[0] == precision
+
+
+@pytest.mark.parametrize(
+    ("supported", "device", "found"),
+    [(True, "cpu", torch.bfloat16), (False, "cpu", torch.float32), (False, "cuda", torch.bfloat16)],
+)
+def test_a_model_in_bf16_is_read_in_fp32_where_the_cpu_only_imitates_bf16(supported, device, found, monkeypatch):
+    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: supported)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(mkldnn=operators))
+    assert find_precision("bf16", torch.device(device)) is found
+    assert find_precision("fp32", torch.device(device)) is torch.float32
 
 
 def test_slices_go_to_memory_only_where_they_take_half_of_it(monkeypatch):

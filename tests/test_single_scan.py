@@ -125,6 +125,12 @@ def test_regions_that_healthy_scans_commonly_show_are_counted_only(folder, capsy
     assert any(line.startswith("  1 region of at least 0 ml") and line.endswith(told) for line in lines)
 
 
+def test_a_model_of_slices_that_were_cut_otherwise_is_refused(folder):
+    write_model(folder / "run/model.pt", slices=SETTINGS | {"format": 3})
+    with pytest.raises(DataError, match=r"slices of version 3, and scans are now cut as version \d+; preprocess and"):
+        run_scan(folder)
+
+
 def test_it_is_said_why_there_is_no_verdict(folder, capsys):
     calibrate(folder, [0.0] * 18)
     assert run_scan(folder) == 0
