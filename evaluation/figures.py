@@ -101,6 +101,7 @@ def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
             ("recall", "share found", COLOURS[0], "o", -0.08),
             ("dice", "mean Dice", COLOURS[1], "s", 0.08),
         ):
+            groups = [group for group in groups if group["lesions"]]
             value = np.array([group[name]["value"] for group in groups])
             reach = [[group[name][side] for group in groups] for side in ("low", "high")]
             errors = np.maximum([value - reach[0], reach[1] - value], 0)

@@ -27,7 +27,10 @@ from evaluation.colours import (
     list_ticks,
     overlay,
 )
+from evaluation.places import find_file_slice, find_mm, format_mm, name_slice, number_regions
 from evaluation.predictor import Prediction
+from evaluation.table import format_p
+from preprocessing.geometry import Geometry
 
 ANOMALY_LABEL = "anomaly, times the scan's median"
 COLUMNS = 8  # of a montage
@@ -44,11 +47,12 @@ def draw_panels(prediction: Prediction, shown: list[int], title: str) -> plt.Fig
     def add_axes(left: float, bottom: float, wide: float, tall: float) -> plt.Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, tall / height))
 
-    names = ("slice", "reconstruction", "signed residual", "anomaly map")
+    names, numbers = ("slice", "reconstruction", "signed residual", "anomaly map"), number_regions(prediction)
     for row, i in enumerate(shown):
         bottom = height - top - (row + 1) * (side + 0.06) + 0.06
         axes = [add_axes(left, bottom, side, side) for left in (0.06, 2.69, 5.32, 8.87)]
         drawn = _draw_row(axes, prediction, i)
+        _write_numbers(axes[3], numbers[i])
         if row == 0:
             for axis, name in zip(axes, names, strict=True):
                 axis.set_title(name, fontsize=10)
@@ -60,7 +64,7 @@ def draw_panels(prediction: Prediction, shown: list[int], title: str) -> plt.Fig
                 figure.text(7.95 / width, (bottom + y) / height, word, fontsize=7)
             _draw_anomaly_bar(figure, add_axes(11.53, bottom + 0.23, 0.12, side - 0.46), prediction.threshold)
         if len(shown) > 1:
-            text = f"slice {prediction.scan.geometry.slices[i]}"
+            text = name_slice(prediction.scan.geometry, i)
             axes[0].text(0.03, 0.97, text, color="white", transform=axes[0].transAxes, va="top")
     figure.suptitle(title, fontsize=11, y=1 - 0.05 / height, parse_math=False)
     return figure
@@ -109,9 +113,10 @@ def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     _draw_line(axis, tile(anomaly, 0), prediction.threshold, BORDER_COLOUR)
     if scan.lesion is not None:
         _draw_line(axis, tile(scan.lesion[shown].astype(np.float32), 0), 0.5, LESION_COLOUR)
+    _write_numbers(axis, tile(_keep_largest(number_regions(prediction)[shown]), 0))
     for place, i in enumerate(shown):
         row, column = divmod(place, COLUMNS)
-        axis.text((column + 0.03) * wide, row * tall + 0.1 * wide, scan.geometry.slices[i], fontsize=8, color="black")
+        axis.text((column + 0.03) * wide, (row + 0.02) * tall, _name_tile(scan.geometry, i), fontsize=7, va="top")
     for x, side in ((0.04, "L"), (0.96, "R")):
         axis.text(x * wide, tall / 2, side, fontsize=10, color="black", ha="center", va="center", weight="bold")
     _draw_anomaly_bar(figure, figure.add_axes((10.1 / width, 0.15, 0.014, 0.7)), prediction.threshold)
@@ -123,12 +128,12 @@ def draw_scan(out: Path, prediction: Prediction, panels: str) -> None:
     """Write the montage of a scan and the panels asked for: its worst slice, its N worst or "all"."""
     scan, rows, row = prediction.scan, prediction.slice_rows, prediction.scan_row
     title = f"{scan.name} ({scan.label})"
-    scored = f"{title}: score {row['score']:.1f}, p {row['p_value']:.3f}"
+    scored = f"{title}: score {row['score']:.1f}, p {format_p(row['p_value'])}"
     write_figure(out / "montages" / scan.label / f"{scan.name}.png", draw_montage(prediction, scored))
     count = {"worst": 1, "all": len(rows)}.get(panels) or int(panels)
     for i in prediction.rank_slices()[:count]:
         title_of_slice = (
-            f"{title}, slice {rows[i]['slice']}: score {rows[i]['score']:.1f}, p {rows[i]['p_value']:.3f}, "
+            f"{title}, {name_slice(scan.geometry, i)}: score {rows[i]['score']:.1f}, p {format_p(rows[i]['p_value'])}, "
             f"MSE {rows[i]['mse']:.5f}"
         )
         path = out / "error_maps" / scan.label / f"{scan.name}_slice_{rows[i]['slice']:03d}.png"
@@ -141,6 +146,31 @@ def find_crop(brain: np.ndarray, margin: int = 5) -> tuple[slice, slice]:
     return tuple(
         slice(max(0, i[0] - margin), min(side, i[-1] + 1 + margin)) for i, side in zip(held, brain.shape, strict=True)
     )
+
+
+def _keep_largest(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of regions (n, H, W), each kept only in the slice that has most of it."""
+    kept = np.zeros_like(numbers)
+    for number in np.unique(numbers[numbers > 0]):
+        within = numbers == number
+        largest = int(within.sum(axis=(1, 2)).argmax())
+        kept[largest][within[largest]] = number
+    return kept
+
+
+def _write_numbers(axis: plt.Axes, numbers: np.ndarray) -> None:
+    """The number of each region in a picture (H, W) of them, to the right of it."""
+    for number in np.unique(numbers[numbers > 0]):
+        rows, columns = np.nonzero(numbers == number)
+        style = {"fontsize": 8, "color": "white", "weight": "bold", "va": "center"}
+        text = axis.text(columns.max() + 1, rows.mean(), str(number), **style)
+        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+
+
+def _name_tile(geometry: Geometry, place: int) -> str:
+    """`z 12, k 87`: mm, and the file's own index where it has one."""
+    found = find_file_slice(geometry, geometry.slices[place])
+    return f"z {format_mm(find_mm(geometry, place))}" + (f", {found[0]} {found[1]}" if found else "")
 
 
 def _draw_line(axis: plt.Axes, values: np.ndarray, level: float, colour: str) -> None:

@@ -17,7 +17,9 @@ from common.files import write_figure
 from evaluation.input_check import explain_misfit, find_mismatches, is_seen
 from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
+from evaluation.places import format_mm
 from evaluation.predictor import Prediction, Predictor
+from evaluation.report import write_scan_report
 from evaluation.test_set import explain_no_flag
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
@@ -25,7 +27,8 @@ from preprocessing.worker import MOST_NAME_BYTES, CutSettings, cut_scan
 
 SHOWN_APART_MM = 10  # between the slices of a picture of the worst ones
 REGIONS_LISTED = 10
-FILES = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png"}  # what is left of a scan: endings
+# what is left of a scan: endings
+FILES = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png", "page": ".html"}
 SEEN = "the model was trained or calibrated on this scan, so its score means nothing"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other scans would fail too
 
@@ -91,6 +94,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     title = f"{scan.name}: score {row['score']:.1f}, p {row['p_value']:.3f}; its worst slices"
     write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
     files = {what: f"{scan.name}{ending}" for what, ending in FILES.items()}
+    write_scan_report(scans.out, prediction, predictor, ([SEEN] * seen + mismatches, files))
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
     verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
     log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
@@ -127,7 +131,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
         prediction.threshold,
     )
     for region in regions[:REGIONS_LISTED]:
-        place = ", ".join(f"{region[f'{axis}_mm']:.0f}" for axis in "xyz")
+        place = ", ".join(format_mm(region[f"{axis}_mm"]) for axis in "xyz")
         log.info(
             "%s",
             f"    {region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}",

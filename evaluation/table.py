@@ -66,6 +66,17 @@ def format_latex(named: dict[str, dict]) -> str:
     return f"% {describe_counts(next(iter(named.values())))}\n{tabular.replace('–', '--').rstrip()}"
 
 
-def format_figure(figure: dict | None) -> str:
-    """`0.465 (0.308–0.612)`; nothing where the figure could not be taken."""
-    return f"{figure['value']:.3f} ({figure['low']:.3f}–{figure['high']:.3f})" if figure else ""
+def format_p(p_value: float) -> str:
+    """`0.028`; never 0."""
+    return f"{p_value:.3f}" if p_value >= 0.0005 else "<0.001"
+
+
+def format_figure(figure: dict | None, digits: int = 3) -> str:
+    """`0.465 (0.308–0.612)`; nothing where the figure could not be taken.
+
+    No interval where all resamples gave the same or none gave anything: that is no certainty.
+    """
+    if not figure:
+        return ""
+    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})" if figure["low"] < figure["high"] else value

@@ -45,6 +45,8 @@ class LoadedScan:
     scale         the scanner values that became 0 and 1, and the exponent (`geometry.scale_intensity`)
     skull_off     whether the stack shows the brain alone
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
+    unscored_share        of the brain's voxels, those outside the kept slices; None where it was not recorded
+    unscored_lesions_ml   volumes of the lesions that lie wholly outside them; None where they are not known
     brain_ml      volume of the brain mask, where the scan comes from its file
     hashes        which scan it is, see `StoredScan`
     warnings      what to know before trusting the scan
@@ -60,6 +62,8 @@ class LoadedScan:
     scale: Scale
     skull_off: bool
     lesion_voxels: tuple[int, ...] | None = None
+    unscored_share: float | None = None
+    unscored_lesions_ml: tuple[float, ...] | None = None
     session: str = ""
     age: float | None = None
     sex: str | None = None
@@ -111,7 +115,10 @@ class StoredScan:
     def load(self) -> LoadedScan:
         """The scan with its slices. Raises DataError where one is broken."""
         record = self.record
-        lesion_voxels = record.get("lesion_voxels")
+        known = {
+            name: None if record.get(name) is None else tuple(record[name])
+            for name in ("lesion_voxels", "unscored_lesions_ml")
+        }
         return LoadedScan(
             name=self.name,
             label=self.label,
@@ -123,7 +130,8 @@ class StoredScan:
             hashes=self.hashes,
             scale=tuple(record["scale"]),
             skull_off=record["skull_off"],
-            lesion_voxels=None if lesion_voxels is None else tuple(lesion_voxels),
+            **known,
+            unscored_share=record.get("unscored_share"),
             session=record.get("session") or "",
             age=record.get("age"),
             sex=record.get("sex"),

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from common.cli import DataError
 from evaluation.evaluate import main as evaluate
+from evaluation.table import format_figure
 from models.checkpoint import load_checkpoint
 from preprocessing.store import list_scans
 
@@ -47,6 +48,7 @@ def test_the_tables_have_a_row_for_each(evaluation, processed):
     known = ["label", "scan", "subject", "lesion_known", "p_value", "flagged"]
     assert list(rows[0]) == [*known, *scores, "age", "sex"]
     regions = ["label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean"]
+    regions += ["peak_x_mm", "peak_y_mm", "peak_z_mm", "number", "slice", "file_axis", "file_index", "on_lesion"]
     assert (out / "regions.csv").read_text().splitlines()[0] == ",".join(regions)
     lesions = ["label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak"]
     assert (out / "lesions.csv").read_text().splitlines()[0] == ",".join(lesions)
@@ -262,7 +264,7 @@ def test_the_printed_table_says_what_the_metrics_say(evaluation, capsys):
     figures = read_metrics(out)["figures"]
     printed = next(line for line in lines if line.startswith("anomaly map of the model"))
     names = ("voxel_ap", "best_dice", "dice", "slice_auroc", "scan_auroc")
-    cells = [f"{m['value']:.3f} ({m['low']:.3f}-{m['high']:.3f})" for m in (figures["score"][name] for name in names)]
+    cells = [format_figure(figures["score"][name]).replace("–", "-") for name in names]
     assert [cell for cell in cells if cell not in printed] == []
     assert printed.index(cells[0]) < printed.index(cells[-1])
     assert any(line.startswith("0 of 2 normal scans flagged at a false-positive rate of 0.05") for line in lines)

@@ -9,6 +9,7 @@ from matplotlib.colors import same_color
 
 from evaluation.colours import overlay
 from evaluation.panels import draw_montage, draw_panels, draw_scan, find_crop
+from evaluation.regions import list_regions
 from tests.predictions import make_prediction
 
 SKY_BLUE, WHITE, GREY = "#56B4E9", "#FFFFFF", 0.5
@@ -142,9 +143,9 @@ def test_panels_have_a_row_a_slice_in_the_order_asked_for():
     assert axes[0].get_position().y0 > axes[4].get_position().y1, "the first asked for is on top"
     assert axes[0].images[0].get_array().max() == pytest.approx(0.3, abs=1e-3)
     assert axes[4].images[0].get_array().max() == pytest.approx(0.9, abs=1e-3)
-    names = [[text.get_text() for text in axis.texts if "slice" in text.get_text()] for axis in axes]
-    assert names == [["slice 57"], [], [], [], ["slice 54"], [], [], []]
-    assert not any("slice" in text.get_text() for axis in one.axes for text in axis.texts), "the title says which"
+    names = [[text.get_text() for text in axis.texts if "mm" in text.get_text()] for axis in axes]
+    assert names == [["z 114 mm, k = 57"], [], [], [], ["z 108 mm, k = 54"], [], [], []]
+    assert not any("mm" in text.get_text() for axis in one.axes for text in axis.texts), "the title says which"
     assert [axis.get_title() for axis in axes[4:]] == [""] * 4
     assert one.get_suptitle() == two.get_suptitle() == "a $ title_"
     (title,) = [text for text in one.texts if text.get_text() == "a $ title_"]
@@ -196,7 +197,8 @@ def test_a_montage_shows_slices_from_the_lowest_to_the_highest_in_rows_of_eight(
         centre = canvas[row * side + side // 2, column * side + side // 2]
         np.testing.assert_allclose(centre, place / 10 + 0.05, atol=1e-3)
     np.testing.assert_allclose(canvas[side:, 2 * side :], GREY)
-    numbers = {int(t.get_text()): t.get_position() for t in axis.texts if t.get_text().isdecimal()}
+    numbers = {int(t.get_text().split(", k ")[1]): t.get_position() for t in axis.texts if ", k " in t.get_text()}
+    assert any(text.get_text() == "z 100, k 50" for text in axis.texts), "slices of 2 mm, from 0 mm on"
     assert sorted(numbers) == list(range(50, 60))
     for index, (x, y) in numbers.items():
         assert (int(y // side), int(x // side)) == divmod(index - 50, 8), "each in its tile"
@@ -232,7 +234,7 @@ def test_a_montage_without_a_known_lesion_has_no_outline():
 
 def test_a_montage_shows_at_most_48_slices_spread_over_all():
     axis, canvas = draw_canvas(make_prediction(slices=100))
-    shown = [int(text.get_text()) - 50 for text in axis.texts if text.get_text().isdecimal()]
+    shown = [int(text.get_text().split(", k ")[1]) - 50 for text in axis.texts if ", k " in text.get_text()]
     assert len(shown) == 48
     assert (shown[0], shown[-1]) == (0, 99)
     assert set(np.diff(shown)) == {2, 3}
@@ -258,3 +260,16 @@ def test_as_many_panels_as_asked_for(panels, wanted, tmp_path):
     assert (tmp_path / "montages/abnormal/one.png").exists()
     found = sorted(path.name for path in (tmp_path / "error_maps/abnormal").iterdir())
     assert found == [f"one_slice_{index:03d}.png" for index in wanted]
+
+
+def test_regions_have_their_numbers_beside_them():
+    made = make_prediction()
+    made.anomaly[7, 30:33, 30:33] = 9.0
+    native = made.scan.geometry.restore(made.anomaly)
+    made = replace(made, native_map=native, regions=list_regions(native, made.affine, made.threshold, 0))
+    for i, wanted in ((4, {"1": (24, 42.5)}), (7, {"2": (33, 31)}), (0, {})):
+        axes = find_pictures(draw_panels(made, [i], "title"))
+        found = [{t.get_text(): t.get_position() for t in axis.texts if t.get_text().isdecimal()} for axis in axes]
+        assert found == [{}, {}, {}, wanted], "on the anomaly map, to the right of the region"
+    axis, _ = draw_canvas(made)
+    assert sorted(text.get_text() for text in axis.texts if text.get_text().isdecimal()) == ["1", "2"], "once each"

@@ -1,0 +1,32 @@
+"""Pictures as data URLs, so that a page holds all that it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+QUALITY = 85
+
+
+def embed_picture(picture: Path | io.BytesIO) -> str:
+    """A picture as WebP: a quarter of the PNG, and no difference to see."""
+    packed = io.BytesIO()
+    Image.open(picture).convert("RGB").save(packed, "WEBP", quality=QUALITY)
+    return make_url("image/webp", packed.getvalue())
+
+
+def embed_figure(figure: plt.Figure) -> str:
+    """A matplotlib figure with pictures in it, as WebP; closes it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    plt.close(figure)
+    return embed_picture(drawn)
+
+
+def make_url(kind: str, content: bytes) -> str:
+    """The content of a file of that media type as a data URL."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
