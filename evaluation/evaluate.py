@@ -38,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--run", type=Path, default=Path("runs/dae"), help="run folder of train.py")
-    parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help="slices: normal/, abnormal/")
+    stores = "slices: normal/, abnormal/, unlabelled/"
+    parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help=stores)
     parser.add_argument(
         "--scan", type=Path, nargs="+", action="extend", metavar="FILE", help="scan files to predict, instead of --data"
     )

@@ -27,6 +27,20 @@ def embed_figure(figure: plt.Figure) -> str:
     return embed_picture(drawn)
 
 
+def embed_vectors(figure: plt.Figure) -> str:
+    """A matplotlib figure as SVG; the same figure gives the same."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None})
+    return make_url("image/svg+xml", drawn.getvalue())
+
+
+def save_pdf(figure: plt.Figure) -> bytes:
+    """A matplotlib figure as the content of a PDF, for papers."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="pdf", dpi=300, metadata={"CreationDate": None})
+    return drawn.getvalue()
+
+
 def make_url(kind: str, content: bytes) -> str:
     """The content of a file of that media type as a data URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

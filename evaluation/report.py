@@ -47,10 +47,12 @@ SCAN_FILES = {
 }
 
 
-def write_report(out: Path, content: dict, results: Results, figures: dict[str, str], viewers: Viewers) -> None:
+def write_report(
+    out: Path, content: dict, results: Results, figures: dict[str, tuple[str, str]], viewers: Viewers
+) -> None:
     """Write `out`/report.html from metrics.json's content, the results, and the pictures that lie in `out`.
 
-    figures  {what it shows: data URL}
+    figures  {what it shows: (its PDF in `out`, SVG as a data URL)}
     """
     rows = sorted(results.scans, key=lambda row: -row["score"])
     scans = describe_scans(out, rows, results)

@@ -20,7 +20,7 @@ from evaluation.metrics import (
 from evaluation.places import describe_regions, name_slice
 from evaluation.predictor import DETECTORS, Prediction
 from preprocessing.layouts import CONTRAST
-from preprocessing.scans import LABELS
+from preprocessing.scans import DIAGNOSES, LABELS
 
 LESION_VOXELS = 10  # a slice with fewer lesion voxels on the scan's own grid does not count as abnormal
 AGE_EDGES = (30, 45, 60, 75)
@@ -83,6 +83,10 @@ class Results:
             if row["label"] == "normal" or row["lesion_voxels"] >= LESION_VOXELS
         ]
 
+    def list_labelled(self) -> list[dict]:
+        """The scans that are known to be normal or abnormal."""
+        return [row for row in self.scans if row["label"] in DIAGNOSES]
+
     def list_known(self, rows: list[dict]) -> list[dict]:
         """Those rows of slices or scans whose scan has a lesion mask, or is normal."""
         unknown = {(row["label"], row["scan"]) for row in self.scans if not row["lesion_known"]}
@@ -90,11 +94,12 @@ class Results:
 
     def name_unknown(self) -> list[str]:
         """The abnormal scans whose lesions are not known."""
-        return [row["scan"] for row in self.scans if not row["lesion_known"]]
+        return [row["scan"] for row in self.scans if row["label"] == "abnormal" and not row["lesion_known"]]
 
     def count(self) -> dict:
-        """How many scans of each label, slices, subjects and lesions there are."""
+        """How many scans of each label, slices, subjects and lesions there are; `unlabelled` only where some are."""
         counts = {label: sum(row["label"] == label for row in self.scans) for label in LABELS}
+        counts = {label: count for label, count in counts.items() if count or label in DIAGNOSES}
         subjects = {row["subject"] for row in self.scans}
         unknown = {"without_lesion_mask": len(self.name_unknown()), "unlike_calibration": self.misfits}
         return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)} | unknown
@@ -109,7 +114,7 @@ class Results:
 
     def _measure_detector(self, name: str, threshold: float | None) -> dict:
         figures = {}
-        for level, rows in (("slice", self.list_counted_slices()), ("scan", self.scans)):
+        for level, rows in (("slice", self.list_counted_slices()), ("scan", self.list_labelled())):
             scores, subjects = ([row[key] for row in rows] for key in (name, "subject"))
             labels = [row["label"] == "abnormal" for row in rows]
             if any(labels) and not all(labels):

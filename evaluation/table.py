@@ -38,10 +38,11 @@ def describe_counts(metrics: dict) -> str:
     lesions = f" with {counts['lesions']} lesions" if counts["lesions"] else ""
     unknown = counts.get("without_lesion_mask")  # missing in evaluations of older versions
     left_out = f"; {unknown} abnormal scans without a lesion mask count for scan figures alone" if unknown else ""
-    return (
-        f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}, {counts['slices']} slices, "
-        f"{counts['subjects']} subjects; 95 % intervals over subjects{left_out}"
-    )
+    scans = f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}"
+    if counts.get("unlabelled"):
+        labelled = f"{scans} and " if counts["normal"] or counts["abnormal"] else ""
+        scans = f"{labelled}{counts['unlabelled']} unlabelled scans"
+    return f"{scans}, {counts['slices']} slices, {counts['subjects']} subjects; 95 % intervals over subjects{left_out}"
 
 
 def format_markdown(named: dict[str, dict]) -> str:

@@ -20,7 +20,6 @@ from evaluation.input_check import refuse_seen
 from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
 from evaluation.origin import describe_origin
 from evaluation.panels import draw_scan
-from evaluation.pictures import embed_picture
 from evaluation.predictor import DETECTORS, Predictor
 from evaluation.report import write_report
 from evaluation.results import Results
@@ -42,7 +41,8 @@ CURE = "give another --out, or delete it if it belongs to an evaluation"
 OWN = (  # files of an evaluation that the next one may not overwrite
     "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
     "bids/dataset_description.json", "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
-    "curves_*.png", "dice.png", "detectability.png", "calibration.png", "age.png", "report.html",
+    *(f"{name}.{kind}" for name in ("curves_*", "histograms_*", "scores_*", "dice", "detectability", "calibration",
+      "age") for kind in ("pdf", "png")), "report.html",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def fill_folder(
         "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
         "detectability": results.measure_lesions(),
     }
-    write_results(test_set, results, viewers, content)
+    write_results(test_set, predictor, (results, viewers), content)
     log_figures(content)
     log.info("%s; look at %s", describe_counts(content), test_set.out / "report.html")
     return 3 if skipped else 0, content
@@ -127,7 +127,9 @@ def find_scans(test_set: TestSet, predictor: Predictor) -> tuple[list[StoredScan
     for error in bad:
         log.warning("skipped %s", error)
     if not scans:
-        raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
+        raise DataError(
+            f"{data}: no slices in normal/, abnormal/ or unlabelled/; run preprocessing/preprocess_oasis.py first"
+        )
     check_same_settings(scans, predictor.slices)
     refuse_seen(scans, predictor)
     refuse_copies((scan.label, scan) for scan in scans)
@@ -245,17 +247,18 @@ def predict_scans(
     return skipped
 
 
-def write_results(test_set: TestSet, results: Results, viewers: Viewers, content: dict) -> None:
+def write_results(test_set: TestSet, predictor: Predictor, collected: tuple[Results, Viewers], content: dict) -> None:
     """Write the tables, the figures and the report; metrics.json last."""
-    out, name = test_set.out, test_set.run.name
+    out, name, (results, viewers) = test_set.out, test_set.run.name, collected
     write_table(out / "scores.csv", results.slices)
     write_table(out / "scans.csv", results.scans)
     write_table(out / "regions.csv", results.regions, REGION_COLUMNS)
     write_table(out / "lesions.csv", results.lesions, LESION_COLUMNS)
     write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode(errors="backslashreplace"))
     write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode(errors="backslashreplace"))
-    pictures = {words: embed_picture(out / name) for name, words in draw_figures(out, results, content).items()}
-    write_report(out, content, results, pictures, viewers)
+    healthy = {"scan": predictor.calibration.scan_scores, "slice": predictor.calibration.slice_scores}
+    healthy = {level: scores.cpu().numpy() for level, scores in healthy.items()}
+    write_report(out, content, results, draw_figures(out, results, content, healthy), viewers)
     write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
     (out / BEGUN).unlink()
 
@@ -281,7 +284,8 @@ def log_figures(content: dict) -> None:
     if unlike := content["counts"].get("unlike_calibration"):
         log.warning(
             "%d of %d scans do not fit the model's calibration, so their p-values mean little; calibrate it on healthy "
-            "scans of this scanner (training/calibrate.py)", unlike, sum(content["counts"][label] for label in LABELS)
+            "scans of this scanner (training/calibrate.py)",
+            unlike, sum(content["counts"].get(label, 0) for label in LABELS)
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ _SETTINGS: dict[tuple, tuple] = {}  # each combination once, however many scans 
 class LoadedScan:
     """A scan in memory, from the store or straight from its file.
 
-    label         normal, abnormal, or empty where it is not known
+    label         of `scans.LABELS`; empty for a scan straight from its file
     stack         (n, size, size) float16 in [0, 1], the background exactly 0 and the brain above 0
     lesion        (n, size, size) bool, or None where no lesion mask is known
     scale         the scanner values that became 0 and 1, and the exponent (`geometry.scale_intensity`)
@@ -151,7 +151,7 @@ class StoredScan:
         if self.label == "normal":
             return np.zeros((len(self.indices), self.size, self.size), dtype=bool)
         folder = _mask_folder(self.folder)
-        if not folder.is_dir():
+        if self.label != "abnormal" or not folder.is_dir():  # an unlabelled scan does not own the masks of its name
             return None
         return np.stack([read_slice(folder / name_slice(i), self.size) for i in self.indices]) > 0
 

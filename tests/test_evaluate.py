@@ -66,8 +66,8 @@ def test_pictures_are_those_of_the_worst_slices(evaluation, processed):
     assert montages == sorted((scan.label, scan.name) for scan in list_scans(processed / "test"))
     for path in [*out.rglob("*.png")]:
         assert plt.imread(path)[..., :3].std() > 0.05, f"{path} is blank"
-    names = {f"{what}_{level}" for what in ("curves", "histograms") for level in ("scans", "slices")}
-    assert {path.stem for path in out.glob("*.png")} == names | {"dice", "detectability", "calibration"}
+    names = {f"{what}_{level}" for what in ("curves", "scores") for level in ("scans", "slices")}
+    assert {path.stem for path in out.glob("*.pdf")} == names | {"dice", "detectability", "calibration"}
 
 
 def test_metrics_agree_with_the_tables(evaluation):
@@ -309,3 +309,24 @@ def test_a_scan_under_both_labels_is_refused(untrained, processed, tmp_path):
     shutil.copytree(ill.folder, data / "normal/well")
     with pytest.raises(DataError, match="holds the same scan as"):
         evaluate(["--run", str(untrained), "--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_an_unlabelled_cohort_gets_its_page_and_no_figures_of_detection(untrained, processed, tmp_path):
+    shutil.copytree(processed / "test/abnormal", tmp_path / "test/unlabelled")
+    shutil.copytree(processed / "test/masks", tmp_path / "test/masks")  # of abnormal scans with the same names
+    out = tmp_path / "out"
+    assert evaluate(["--run", str(untrained), "--data", str(tmp_path / "test"), "--out", str(out)]) == 0
+    content = read_metrics(out)
+    assert {label: content["counts"].get(label) for label in ("normal", "abnormal", "unlabelled")} == {
+        "normal": 0,
+        "abnormal": 0,
+        "unlabelled": 2,
+    }
+    assert not any(content["figures"].values()), "nothing is measured where nothing is known"
+    assert content["counts"]["without_lesion_mask"] == 0
+    assert (content["flagged"]["unlabelled"]["flagged"], content["flagged"]["unlabelled"]["scans"]) == (0, 2)
+    page = (out / "report.html").read_text()
+    assert "0 of 2 unlabelled scans are flagged" in page
+    assert "2 unlabelled scans, " in page
+    assert page.count('class="viewer"') == 2
+    assert "voxel AP" not in page.split("<script")[0]

@@ -115,7 +115,9 @@ def make_page(out, scans: list[dict], regions: list[dict] = (), viewers: dict | 
     results.scans, results.slices, results.regions = scans, slices, list(regions)
     kept = Viewers()
     kept.kept = viewers or {}
-    write_report(out, make_content(**changes), results, {"Dice & more": "data:image/webp;base64,AAAA"}, kept)
+    write_report(
+        out, make_content(**changes), results, {"Dice & more": ("dice.pdf", "data:image/svg+xml;base64,AAAA")}, kept
+    )
     return Page((out / "report.html").read_text())
 
 
@@ -267,7 +269,7 @@ def test_pictures_are_held_by_the_page(tmp_path):
     write_picture(tmp_path / "montages/normal/a.png", (0, 250, 0))
     page = make_page(tmp_path, [make_row("a", 1), make_row("b", 0)])
     assert page.images.pop(0)["class"] == "large", "one of the selected scans"
-    assert page.images.pop() == {"loading": "lazy", "alt": "Dice & more", "src": "data:image/webp;base64,AAAA"}
+    assert page.images.pop() == {"loading": "lazy", "alt": "Dice & more", "src": "data:image/svg+xml;base64,AAAA"}
     assert [image["alt"] for image in page.images] == [
         "a (normal), its worst slice 8: slice, reconstruction, signed residual and anomaly map",
         "a (normal), anomaly map over all slices",
@@ -343,6 +345,7 @@ def test_files_beside_the_page_are_listed_where_they_are(tmp_path):
     (tmp_path / "scores.csv").write_text("")
     assert make_page(tmp_path, [make_row("a", 1)]).links == [
         "#scan-normal-a",
+        "dice.pdf",
         "scores.csv",
         "metrics.json",
         "maps",
