@@ -27,7 +27,7 @@ HEADS = {  # column of the table of scans: (what it sorts by first, its classes:
     "score": ("descending", "number"),
     "p": ("ascending", "number"),
     "flagged": ("descending", ""),
-    "worst slice": ("ascending", "number less"),
+    "worst slice": ("ascending", "less"),
     "regions": ("descending", "number less"),
     "largest, ml": ("descending", "number less"),
     "age": ("ascending", "number less"),
@@ -42,16 +42,16 @@ def list_columns(rows: list[dict]) -> list[dict]:
 
 
 def select_scans(rows: list[dict]) -> list[dict]:
-    """A few scans of each outcome, the highest scores first: hits, misses, false positives; else the highest of all."""
-    chosen, counts = [], Counter()
-    for row in sorted(rows, key=lambda row: -row["score"]):
-        outcome = OUTCOMES.get((row["label"], bool(row["flagged"])))
-        if outcome and counts[outcome] < SELECTED:
-            counts[outcome] += 1
-            chosen.append(row)
-    order = list(dict.fromkeys(OUTCOMES.values()))
-    chosen.sort(key=lambda row: order.index(name_outcome(row)))
-    return chosen or sorted(rows, key=lambda row: -row["score"])[:SELECTED]
+    """A few scans of each outcome: hits of the highest scores, misses of the lowest, false positives of the highest.
+
+    Where there are none of these, the scans of the highest scores.
+    """
+    falling = sorted(rows, key=lambda row: -row["score"])
+    chosen = []
+    for outcome in dict.fromkeys(OUTCOMES.values()):
+        alike = [row for row in falling if name_outcome(row) == outcome]
+        chosen += (alike[::-1] if outcome == "miss" else alike)[:SELECTED]
+    return chosen or falling[:SELECTED]
 
 
 def name_outcome(row: dict) -> str:
@@ -84,7 +84,7 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
     scans = []
     for row, anchor in zip(rows, name_anchors(rows), strict=True):
         key = row["label"], row["scan"]
-        found = regions.get(key, [])
+        found, named = regions.get(key, []), results.worst_slices.get(key, f"slice {worst[key]}")
         pictures = _list_pictures(out, row, worst[key], id(row) in embedded) if pictured is None else pictured
         scans.append(
             {
@@ -97,8 +97,8 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
                 "outcome": name_outcome(row),
                 "score": f"{row['score']:.1f}",
                 "p": format_p(row["p_value"]),
-                "worst": results.worst_slices.get(key, f"slice {worst[key]}"),
-                "cells": _list_cells(row, worst[key], found),
+                "worst": named,
+                "cells": _list_cells(row, worst[key], named, found),
                 "warnings": results.warnings.get(key, ()),
                 "pictures": pictures,
                 **_list_regions(found),
@@ -107,8 +107,8 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
     return scans
 
 
-def _list_cells(row: dict, worst: int, regions: list[dict]) -> dict[str, dict]:
-    """{column of HEADS: what is shown, what it sorts by}."""
+def _list_cells(row: dict, worst: int, named: str, regions: list[dict]) -> dict[str, dict]:
+    """{column of HEADS: what is shown, what it sorts by}; named: the worst slice in words."""
     largest = regions[0]["volume_ml"] if regions else 0.0
     cells = {
         "scan": (row["scan"], row["scan"]),
@@ -116,7 +116,7 @@ def _list_cells(row: dict, worst: int, regions: list[dict]) -> dict[str, dict]:
         "score": (f"{row['score']:.2f}", f"{row['score']:.6g}"),
         "p": (format_p(row["p_value"]), f"{row['p_value']:.6g}"),
         "flagged": ("yes" if row["flagged"] else "no", int(row["flagged"])),
-        "worst slice": (worst, worst),
+        "worst slice": (named, worst),
         "regions": (len(regions), len(regions)),
         "largest, ml": (f"{largest:.2f}", f"{largest:.6g}"),
         "age": ("", "") if row["age"] is None else (f"{row['age']:g}", row["age"]),

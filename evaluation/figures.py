@@ -83,7 +83,8 @@ def draw_scores(groups: dict[str, np.ndarray], name: str, mark: tuple[float, str
     axis.set_yticks(range(len(groups)), [f"{what} ({len(values)})" for what, values in groups.items()])
     if min(values.min() for values in groups.values()) > 0:
         axis.set_xscale("log")
-    axis.set(xlabel=name, ylabel="which", ylim=(len(groups) - 0.5, -0.5))
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    figure.supxlabel(name, fontsize="medium")  # the axis is narrower than its name
     axis.grid(alpha=0.3, axis="x")
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure

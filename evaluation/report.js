@@ -34,6 +34,11 @@ for (const held of document.querySelectorAll(".held")) {
   }
 }
 
+// what scrolls sideways can be reached by keyboard
+const scrolled = new ResizeObserver(entries => entries.forEach(({ target }) =>
+  target.scrollWidth > target.clientWidth ? target.tabIndex = 0 : target.removeAttribute("tabindex")));
+document.querySelectorAll(".wide").forEach(wide => scrolled.observe(wide));
+
 const table = document.getElementById("table");
 if (table) listScans(table);
 else document.querySelectorAll(".held").forEach(fill);

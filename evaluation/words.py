@@ -122,7 +122,9 @@ def list_results(content: dict) -> list[dict]:
                 group["group"],
                 group["lesions"],
                 *(format_figure(group[name]) for name in ("recall", "dice")),
-                f"{group['not_scored']}{' or more' * unknown}",
+                f"{group['not_scored'] or 'not recorded'}{' or more' * bool(group['not_scored'])}"
+                if unknown
+                else group["not_scored"],
             ]
             for group in groups
         ]
