@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from common.interrupts import SIGNALS, STOPPED
 
+PROJECT = Path(__file__).resolve().parents[1]
 NOT_RECORDED = ("config", "quiet", "json", "workers", "dask", "dry_run")  # they do not affect what is written
 
 MOST_CONFIG_BYTES = 1 << 20
@@ -150,6 +152,15 @@ def list_flags(args: argparse.Namespace) -> dict:
     """The flags that decide a result, {name: plain value}, as records keep them under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {name: _make_plain(value) for name, value in flags.items()}
+
+
+def read_commit() -> str:
+    """This code's commit, with "-dirty" where files differ from it; "" outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _handle_signals(handler) -> None:

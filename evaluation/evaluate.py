@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--run", type=Path, help="run folder of train.py; left out: the model that ships")
-    parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help="slices: normal/, abnormal/")
+    stores = "slices: normal/, abnormal/, unlabelled/"
+    parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help=stores)
     parser.add_argument(
         "--scan",
         type=Path,

@@ -1,13 +1,14 @@
 """Detection figures, each with an interval over subjects. Thin over scikit-learn; voxels are counted in histograms.
 
 A figure is {"value", "low", "high"}. Intervals are 95 % percentile bootstrap intervals over subjects: a resample weighs
-every subject by how often it was drawn, so the slices, lesions and voxels of one subject stay together. Resamples work
-on counts (..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds falling.
+every subject by how often it was drawn, so the slices, lesions and voxels of one subject stay together. Shares of
+lesions and of scans have exact intervals, which do not shrink to nothing at 0 and 1. Resamples work on counts
+(..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds falling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -18,7 +19,6 @@ BIN_BITS = 15  # a bin holds the scores that share all but the last 15 bits: at 
 RESAMPLES = 2000
 FOUND_SHARE = 0.1  # of a lesion flagged makes it found; less is had by chance in a large one
 SMALLEST_LESION_ML = 0.05
-FIGURES_OF_LESIONS = {"recall": "found", "dice": "dice"}
 VOLUME_EDGES_ML = (0.3, 1.0, 3.0, 10.0)
 VOLUME_BINS = ["under 0.3 ml", "0.3–1 ml", "1–3 ml", "3–10 ml", "10 ml and more"]
 
@@ -44,10 +44,16 @@ def mean(values, subjects) -> dict:
     return {"value": float(values.mean())} | interval
 
 
-def rate(flags: list[bool]) -> dict:
-    """How often something is True, with the exact (Clopper-Pearson) 95 % interval of independent scans."""
+def share(flags: list[bool]) -> dict:
+    """How often something is True, with its exact (Clopper-Pearson) 95 % interval: {"value", "low", "high"}."""
     interval = binomtest(sum(flags), len(flags)).proportion_ci(method="exact")
-    return {"flagged": sum(flags), "scans": len(flags), "low": interval.low, "high": interval.high}
+    return {"value": sum(flags) / len(flags), "low": interval.low, "high": interval.high}
+
+
+def rate(flags: list[bool]) -> dict:
+    """How many scans are flagged, with the interval of `share`: {"flagged", "scans", "low", "high"}."""
+    measured = share(flags)
+    return {"flagged": sum(flags), "scans": len(flags), "low": measured["low"], "high": measured["high"]}
 
 
 def tabulate(labels, scores, subjects) -> np.ndarray:
@@ -193,16 +199,25 @@ def list_lesions(
     return lesions
 
 
-def measure_detectability(lesions: list[dict], by: Callable[[dict], str | None], groups: list[str]) -> list[dict]:
-    """Recall and mean Dice of the lesions of each group that has any, with intervals over subjects."""
+def measure_detectability(
+    lesions: list[dict], by: Callable[[dict], str | None], groups: list[str], unscored: Sequence[dict] = ()
+) -> list[dict]:
+    """Recall and mean Dice of the lesions of each group that has any; None where none of them was scored.
+
+    unscored  lesions outside the scored slices, counted as `not_scored` and in nothing else
+    """
     measured = []
     for group in groups:
         rows = [row for row in lesions if by(row) == group]
-        if rows:
+        missed = sum(by(row) == group for row in unscored)
+        if rows or missed:
             subjects = [row["subject"] for row in rows]
-            sizes = {"subjects": len(set(subjects)), "lesions": len(rows)}
+            sizes = {"subjects": len(set(subjects)), "lesions": len(rows), "not_scored": missed}
             sizes["scans"] = len({(row["label"], row["scan"]) for row in rows})
-            figures = {name: mean([row[key] for row in rows], subjects) for name, key in FIGURES_OF_LESIONS.items()}
+            figures = {
+                "recall": share([row["found"] for row in rows]) if rows else None,
+                "dice": mean([row["dice"] for row in rows], subjects) if rows else None,
+            }
             measured.append({"group": group} | figures | sizes)
     return measured
 

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from common.files import make_folder, open_regular, replace_when_whole, write_atomically
+from evaluation.colours import HIGHEST, LOWEST
 from evaluation.predictor import Prediction
 from preprocessing.store import LoadedScan
 
@@ -39,7 +40,12 @@ def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False
         image.set_qform(prediction.affine, code="scanner")  # both, because viewers differ in which they read
     image.header["descrip"] = about
     image.header["db_name"] = name_owner(prediction.scan)
-    image.header["cal_max"] = 1 if mask else 2 * prediction.threshold
+    lowest, highest = (0, 1) if mask else (LOWEST * prediction.threshold, HIGHEST * prediction.threshold)
+    image.header["cal_min"], image.header["cal_max"] = lowest, highest
+    if mask:
+        image.header.set_intent("label", name="above threshold")
+    else:
+        image.header.set_intent("estimate", name="anomaly")  # none of the statistics that NIfTI names
     image.header.set_xyzt_units("mm")
     with replace_when_whole(path) as partial:
         nib.save(image, partial)

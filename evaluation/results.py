@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from evaluation.input_check import explain_misfit
 from evaluation.metrics import (
+    SMALLEST_LESION_ML,
     VOLUME_BINS,
     VoxelCounts,
     auroc,
@@ -16,9 +17,10 @@ from evaluation.metrics import (
     name_volume,
     rate,
 )
+from evaluation.places import describe_regions, name_slice
 from evaluation.predictor import DETECTORS, Prediction
 from preprocessing.layouts import CONTRAST
-from preprocessing.scans import LABELS
+from preprocessing.scans import DIAGNOSES, LABELS
 
 LESION_VOXELS = 10  # a slice with fewer lesion voxels on the scan's own grid does not count as abnormal
 AGE_EDGES = (30, 45, 60, 75)
@@ -34,7 +36,11 @@ class Results:
     def __init__(self, kinds: dict[str, str]):
         self.kinds = kinds
         self.slices, self.scans, self.regions, self.lesions = [], [], [], []
+        self.unscored_shares = []  # of the brains' voxels, of the scans where it is recorded
+        self.unscored_lesions = []  # rows with volumes and kinds of lesions outside the scored slices
+        self.unrecorded = 0  # scans with a lesion mask of which it is not recorded what lies outside
         self.warnings = {}  # by (label, scan), where there are any
+        self.worst_slices = {}  # by (label, scan): in mm and by the file's own index
         self.misfits = 0  # scans that do not fit the calibration
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
 
@@ -43,13 +49,16 @@ class Results:
         scan = prediction.scan
         self.slices += prediction.slice_rows
         self.scans.append(prediction.scan_row)
+        self.worst_slices[scan.label, scan.name] = name_slice(scan.geometry, prediction.rank_slices()[0])
         warnings = list(scan.warnings)
         if prediction.misfit:
             self.misfits += 1
             warnings.append(explain_misfit(prediction.misfit))
         if warnings:
             self.warnings[scan.label, scan.name] = warnings
-        self.regions += [{"label": scan.label, "scan": scan.name} | region for region in prediction.regions]
+        self.regions += [{"label": scan.label, "scan": scan.name} | region for region in describe_regions(prediction)]
+        if scan.unscored_share is not None:
+            self.unscored_shares.append(scan.unscored_share)
         if scan.lesion is None:
             return
         for name, values in prediction.maps.items():
@@ -59,6 +68,9 @@ class Results:
         who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
         lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
         self.lesions += [who | lesion for lesion in lesions]
+        self.unrecorded += scan.unscored_lesions_ml is None and bool(scan.lesion.any())
+        volumes = [volume for volume in scan.unscored_lesions_ml or () if volume >= SMALLEST_LESION_ML]
+        self.unscored_lesions += [who | {"volume_ml": volume} for volume in volumes]
 
     def list_counted_slices(self) -> list[dict]:
         """The slices that slice metrics are computed on: those with a lesion, and all slices of normal scans.
@@ -71,6 +83,10 @@ class Results:
             if row["label"] == "normal" or row["lesion_voxels"] >= LESION_VOXELS
         ]
 
+    def list_labelled(self) -> list[dict]:
+        """The scans that are known to be normal or abnormal."""
+        return [row for row in self.scans if row["label"] in DIAGNOSES]
+
     def list_known(self, rows: list[dict]) -> list[dict]:
         """Those rows of slices or scans whose scan has a lesion mask, or is normal."""
         unknown = {(row["label"], row["scan"]) for row in self.scans if not row["lesion_known"]}
@@ -78,11 +94,12 @@ class Results:
 
     def name_unknown(self) -> list[str]:
         """The abnormal scans whose lesions are not known."""
-        return [row["scan"] for row in self.scans if not row["lesion_known"]]
+        return [row["scan"] for row in self.scans if row["label"] == "abnormal" and not row["lesion_known"]]
 
     def count(self) -> dict:
-        """How many scans of each label, slices, subjects and lesions there are."""
+        """How many scans of each label, slices, subjects and lesions there are; `unlabelled` only where some are."""
         counts = {label: sum(row["label"] == label for row in self.scans) for label in LABELS}
+        counts = {label: count for label, count in counts.items() if count or label in DIAGNOSES}
         subjects = {row["subject"] for row in self.scans}
         unknown = {"without_lesion_mask": len(self.name_unknown()), "unlike_calibration": self.misfits}
         return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)} | unknown
@@ -97,7 +114,7 @@ class Results:
 
     def _measure_detector(self, name: str, threshold: float | None) -> dict:
         figures = {}
-        for level, rows in (("slice", self.list_counted_slices()), ("scan", self.scans)):
+        for level, rows in (("slice", self.list_counted_slices()), ("scan", self.list_labelled())):
             scores, subjects = ([row[key] for row in rows] for key in (name, "subject"))
             labels = [row["label"] == "abnormal" for row in rows]
             if any(labels) and not all(labels):
@@ -113,11 +130,20 @@ class Results:
             figures |= {key: value | sizes if isinstance(value, dict) else value for key, value in voxels.items()}
         return figures
 
+    def describe_coverage(self) -> dict:
+        """{"unscored_share", "scans", "lesions", "unrecorded"}: of the brain's voxels, the share outside the scored
+        slices (mean; None where it is not recorded) of how many scans; how many lesions lie there; of how many scans
+        with a lesion that is not recorded."""
+        share = float(np.mean(self.unscored_shares)) if self.unscored_shares else None
+        counts = {"lesions": len(self.unscored_lesions), "unrecorded": self.unrecorded}
+        return {"unscored_share": share, "scans": len(self.unscored_shares)} | counts
+
     def measure_lesions(self) -> dict[str, list[dict]]:
         """Recall and Dice of lesions by volume and, where known, by kind."""
-        kinds = sorted({row["kind"] for row in self.lesions if row["kind"]})
-        by = {"volume": measure_detectability(self.lesions, name_volume, VOLUME_BINS)}
-        by["kind"] = measure_detectability(self.lesions, lambda row: row["kind"], kinds)
+        lesions, unscored = self.lesions, self.unscored_lesions
+        kinds = sorted({row["kind"] for row in [*lesions, *unscored] if row["kind"]})
+        by = {"volume": measure_detectability(lesions, name_volume, VOLUME_BINS, unscored)}
+        by["kind"] = measure_detectability(lesions, lambda row: row["kind"], kinds, unscored)
         return {what: groups for what, groups in by.items() if groups}
 
     def count_flagged(self) -> dict:

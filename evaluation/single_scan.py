@@ -17,8 +17,10 @@ from common.files import replace_when_whole, write_figure
 from evaluation.input_check import explain_misfit, find_mismatches, is_seen
 from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
+from evaluation.places import format_mm
 from evaluation.predictor import Prediction, Predictor
 from evaluation.regions import COMMON
+from evaluation.report import write_scan_report
 from evaluation.test_set import explain_no_flag
 from preprocessing.dicom import open_scan
 from preprocessing.scans import spell
@@ -33,6 +35,7 @@ FILES = {  # what is left of a scan: endings
     "mask": "_mask.nii.gz",
     "brain": "_brain.nii.gz",
     "picture": ".png",
+    "page": ".html",
 }
 SEEN = "the model was trained or calibrated on this scan, so its score means nothing"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other scans would fail too
@@ -114,6 +117,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
         with replace_when_whole(scans.out / f"{scan.name}{FILES['brain']}") as partial:
             save_brain_mask(partial, scan.stripped)
     files = {what: f"{scan.name}{end}" for what, end in FILES.items() if what != "brain" or scan.stripped}
+    write_scan_report(scans.out, prediction, predictor, ([SEEN] * seen + mismatches, files))
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
     verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
     log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
@@ -149,7 +153,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
     count = f"{len(rare)} region{'s' * (len(rare) != 1)}"
     log.info("  %s %s%s", count, limit, common and f"; beside {common}")
     for region in rare[:REGIONS_LISTED]:
-        place = ", ".join(f"{region[f'{axis}_mm']:.0f}" for axis in "xyz")
+        place = ", ".join(format_mm(region[f"{axis}_mm"]) for axis in "xyz")
         size = f"{region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}"
         as_strong = round(region["p_value"] * (known + 1)) - 1
         log.info("    %s, as large and strong in %d of %d healthy scans", size, as_strong, known)

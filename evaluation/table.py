@@ -38,10 +38,11 @@ def describe_counts(metrics: dict) -> str:
     lesions = f" with {counts['lesions']} lesions" if counts["lesions"] else ""
     unknown = counts.get("without_lesion_mask")  # missing in evaluations of older versions
     left_out = f"; {unknown} abnormal scans without a lesion mask count for scan figures alone" if unknown else ""
-    return (
-        f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}, {counts['slices']} slices, "
-        f"{counts['subjects']} subjects; 95 % intervals over subjects{left_out}"
-    )
+    scans = f"{counts['normal']} normal and {counts['abnormal']} abnormal scans{lesions}"
+    if counts.get("unlabelled"):
+        labelled = f"{scans} and " if counts["normal"] or counts["abnormal"] else ""
+        scans = f"{labelled}{counts['unlabelled']} unlabelled scans"
+    return f"{scans}, {counts['slices']} slices, {counts['subjects']} subjects; 95 % intervals over subjects{left_out}"
 
 
 def format_markdown(named: dict[str, dict]) -> str:
@@ -66,6 +67,17 @@ def format_latex(named: dict[str, dict]) -> str:
     return f"% {describe_counts(next(iter(named.values())))}\n{tabular.replace('–', '--').rstrip()}"
 
 
-def format_figure(figure: dict | None) -> str:
-    """`0.465 (0.308–0.612)`; nothing where the figure could not be taken."""
-    return f"{figure['value']:.3f} ({figure['low']:.3f}–{figure['high']:.3f})" if figure else ""
+def format_p(p_value: float) -> str:
+    """`0.028`; never 0."""
+    return f"{p_value:.3f}" if p_value >= 0.0005 else "<0.001"
+
+
+def format_figure(figure: dict | None, digits: int = 3) -> str:
+    """`0.465 (0.308–0.612)`; nothing where the figure could not be taken.
+
+    No interval where all resamples gave the same or none gave anything: that is no certainty.
+    """
+    if not figure:
+        return ""
+    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})" if figure["low"] < figure["high"] else value

@@ -18,17 +18,22 @@ from common.files import hold_folder, make_folder, open_regular, read_json, writ
 from evaluation.figures import draw_figures
 from evaluation.input_check import refuse_seen
 from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.origin import describe_origin
 from evaluation.panels import draw_scan
 from evaluation.predictor import DETECTORS, Predictor
-from evaluation.report import VIEWERS, make_viewer, write_report
+from evaluation.report import write_report
 from evaluation.results import Results
-from evaluation.table import COLUMNS, describe_counts, format_latex, format_markdown
+from evaluation.table import COLUMNS, describe_counts, format_figure, format_latex, format_markdown
+from evaluation.viewer import Viewers
 from models.calibration import count_needed_scans
 from preprocessing.cohort import refuse_copies
 from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 
-REGION_COLUMNS = ("label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean", "p_value")
+REGION_COLUMNS = (
+    "label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean", "peak_x_mm", "peak_y_mm",
+    "peak_z_mm", "number", "slice", "file_axis", "file_index", "on_lesion", "p_value",
+)  # fmt: skip
 LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
 MOST_TABLE_BYTES = 1 << 26
 BEGUN = ".evaluation.json"  # the settings of an unfinished evaluation
@@ -36,7 +41,8 @@ CURE = "give another --out, or delete it if it belongs to an evaluation"
 OWN = (  # files of an evaluation that the next one may not overwrite
     "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
     "bids/dataset_description.json", "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
-    "curves_*.png", "dice.png", "detectability.png", "calibration.png", "age.png", "report.html",
+    *(f"{name}.{kind}" for name in ("curves_*", "histograms_*", "scores_*", "dice", "detectability", "calibration",
+      "age") for kind in ("pdf", "png")), "report.html",
 )  # fmt: skip
 
 
@@ -86,14 +92,16 @@ def fill_folder(
             return 3 if content["counts"]["skipped"] else 0, content
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{test_set.out / 'metrics.json'}: is not a record of an evaluation; {CURE}") from error
-    results = Results(kinds)
-    skipped = bad + predict_scans(test_set, predictor, scans, results, settings["model"])
+    results, viewers = Results(kinds), Viewers()
+    skipped = bad + predict_scans(test_set, predictor, scans, (results, viewers), settings["model"])
     content = {
         "settings": settings,
         "flags": test_set.flags,
         "run": str(test_set.run),
         "data": str(test_set.data),
+        "origin": describe_origin(test_set.run),
         "counts": results.count() | {"skipped": skipped},
+        "coverage": {"keep": predictor.slices["keep"]} | results.describe_coverage(),
         "calibration": {
             "normal_scans": predictor.calibration.normal_scans,
             "voxel_threshold": predictor.calibration.voxel_threshold,
@@ -106,7 +114,7 @@ def fill_folder(
         "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
         "detectability": results.measure_lesions(),
     }
-    write_results(test_set, predictor, scans, results, content)
+    write_results(test_set, predictor, (results, viewers), content)
     log_figures(content)
     log.info("%s; look at %s", describe_counts(content), test_set.out / "report.html")
     return 3 if skipped else 0, content
@@ -119,7 +127,9 @@ def find_scans(test_set: TestSet, predictor: Predictor) -> tuple[list[StoredScan
     for error in bad:
         log.warning("skipped %s", error)
     if not scans:
-        raise DataError(f"{data}: no slices in normal/ or abnormal/; run preprocessing/preprocess_oasis.py first")
+        raise DataError(
+            f"{data}: no slices in normal/, abnormal/ or unlabelled/; run preprocessing/preprocess_oasis.py first"
+        )
     check_same_settings(scans, predictor.slices)
     refuse_seen(scans, predictor)
     refuse_copies((scan.label, scan) for scan in scans)
@@ -202,9 +212,10 @@ def delete_own(out: Path) -> None:
 
 
 def predict_scans(
-    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, model: str
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], collected: tuple[Results, Viewers], model: str
 ) -> int:
-    """Predict every scan, write its maps and pictures, and add it to the results; returns how many could not be read.
+    """Predict every scan, write its maps and pictures, and add it to what is collected; returns how many could not be
+    read.
 
     model  the SHA-256 of model.pt
     """
@@ -229,42 +240,27 @@ def predict_scans(
             log.warning("skipped %s", f"{stored.folder}: {explain(error)}" if isinstance(error, OSError) else error)
             skipped += 1
             continue
-        results.add(prediction)
-    if not results.scans:
+        for part in collected:
+            part.add(prediction)
+    if not collected[0].scans:
         raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
     return skipped
 
 
-def write_results(
-    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, content: dict
-) -> None:
+def write_results(test_set: TestSet, predictor: Predictor, collected: tuple[Results, Viewers], content: dict) -> None:
     """Write the tables, the figures and the report; metrics.json last."""
-    out, name = test_set.out, test_set.run.name
+    out, name, (results, viewers) = test_set.out, test_set.run.name, collected
     write_table(out / "scores.csv", results.slices)
     write_table(out / "scans.csv", results.scans)
     write_table(out / "regions.csv", results.regions, REGION_COLUMNS)
     write_table(out / "lesions.csv", results.lesions, LESION_COLUMNS)
     write_atomically(out / "table.md", f"{format_markdown({name: content})}\n".encode(errors="backslashreplace"))
     write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode(errors="backslashreplace"))
-    pictures = draw_figures(out, results, content)
-    viewers = make_viewers(predictor, scans, results.scans, test_set.quiet)
-    write_report(out, content, results, pictures, viewers)
+    healthy = {"scan": predictor.calibration.scan_scores, "slice": predictor.calibration.slice_scores}
+    healthy = {level: scores.cpu().numpy() for level, scores in healthy.items()}
+    write_report(out, content, results, draw_figures(out, results, content, healthy), viewers)
     write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
     (out / BEGUN).unlink()
-
-
-def make_viewers(
-    predictor: Predictor, scans: list[StoredScan], rows: list[dict], quiet: bool
-) -> dict[tuple[str, str], str]:
-    """{(label, scan): page of an orthogonal viewer} of the few scans with the highest scores."""
-    stored = {(scan.label, scan.name): scan for scan in scans}
-    worst = sorted(rows, key=lambda row: -row["score"])[:VIEWERS]
-    viewers = {}
-    for row in tqdm(worst, desc="viewers", unit="scan", disable=quiet or None):
-        key = row["label"], row["scan"]
-        # predicted again: keeping every scan's maps would fill the memory
-        viewers[key] = make_viewer(predictor.predict(stored[key].load(), baselines=False))
-    return viewers
 
 
 def log_figures(content: dict) -> None:
@@ -273,8 +269,7 @@ def log_figures(content: dict) -> None:
     names = [name for name in COLUMNS if name in figures["score"]]
     log.info("%s", f"{'':30s}" + "".join(f"{name.replace('_', ' '):>22s}" for name in names))
     for detector, title in DETECTORS.items():
-        cells = [figures[detector].get(name) for name in names]
-        text = (f"{c['value']:.3f} ({c['low']:.3f}-{c['high']:.3f})" if c else "" for c in cells)
+        text = (format_figure(figures[detector].get(name)).replace("–", "-") for name in names)
         log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
     if "dice" in names:
         log.info(
@@ -289,7 +284,8 @@ def log_figures(content: dict) -> None:
     if unlike := content["counts"].get("unlike_calibration"):
         log.warning(
             "%d of %d scans do not fit the model's calibration, so their p-values mean little; calibrate it on healthy "
-            "scans of this scanner (training/calibrate.py)", unlike, sum(content["counts"][label] for label in LABELS)
+            "scans of this scanner (training/calibrate.py)",
+            unlike, sum(content["counts"].get(label, 0) for label in LABELS)
         )  # fmt: skip
 
 

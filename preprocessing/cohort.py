@@ -70,7 +70,8 @@ def plan(
     if not (in_tree or rules.label or rules.clinical):
         raise DataError(
             f"{raw}: it is unknown which of its {len(found.scans)} scans are normal; give the clinical table with "
-            "--clinical FILE, or --label normal (split by subject) or --label abnormal (all for testing)"
+            "--clinical FILE, or --label normal (split by subject) or --label abnormal (all for testing); --label "
+            "unlabelled where nobody knows (all for testing)"
         )
     scans, clinical = found.scans, None
     if rules.clinical:
@@ -133,7 +134,7 @@ def label_scans(
 
 
 def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, kept: dict[str, str]) -> list[Scan]:
-    """Give each scan its split: all of a subject in one, subjects with an abnormal scan in test.
+    """Give each scan its split: all of a subject in one, subjects with an abnormal or unlabelled scan in test.
 
     fractions  shares of the normal subjects for train, val and test, summing to 1
     kept       the splits that subjects have already; new subjects go where the share is not reached
@@ -141,14 +142,14 @@ def split_subjects(scans: list[Scan], fractions: tuple[float, ...], seed: int, k
     subjects = {key_subject(scan.subject): scan.subject for scan in scans}
     known = {key_subject(subject): split for subject, split in kept.items()}
     kept = {subject: known[key] for key, subject in subjects.items() if key in known}
-    abnormal = {scan.subject for scan in scans if scan.label == "abnormal"}
+    abnormal = {scan.subject: scan.label for scan in scans if scan.label != "normal"}
     for scan in scans:
         if scan.subject in abnormal and kept.get(scan.subject, "test") != "test":
             raise DataError(
-                f"{scan.path}: subject {scan.subject} has an abnormal scan and is in {kept[scan.subject]} from an "
-                "earlier run; delete the processed folder and preprocess again"
+                f"{scan.path}: subject {scan.subject} has an {abnormal[scan.subject]} scan and is in "
+                f"{kept[scan.subject]} from an earlier run; delete the processed folder and preprocess again"
             )
-    normal = sorted({scan.subject for scan in scans} - abnormal)
+    normal = sorted({scan.subject for scan in scans} - abnormal.keys())
     splits = dict.fromkeys(abnormal, "test") | {subject: kept[subject] for subject in normal if subject in kept}
     counts = Counter(splits[subject] for subject in normal if subject in splits)
     new = [subject for subject in normal if subject not in splits]
@@ -167,9 +168,9 @@ def refuse_relabelled(scans: list[Scan], stored: list[StoredScan]) -> None:
     """
     planned = {(scan.split, scan.label, scan.name) for scan in scans}
     for old in stored:
-        other = LABELS[1 - LABELS.index(old.label)]
-        if (old.split, old.label, old.name) not in planned and (old.split, other, old.name) in planned:
-            raise DataError(f"{old.folder}: is {old.split}/{other} now; delete this folder and preprocess again")
+        now = [label for label in LABELS if (old.split, label, old.name) in planned]
+        if now and old.label not in now:
+            raise DataError(f"{old.folder}: is {old.split}/{now[0]} now; delete this folder and preprocess again")
 
 
 def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:

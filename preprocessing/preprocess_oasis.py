@@ -53,7 +53,7 @@ from preprocessing.dicom import CONVERTED, list_series
 from preprocessing.images import parse_axes
 from preprocessing.layouts import LAYOUTS
 from preprocessing.qc import draw_contact_sheet
-from preprocessing.scans import LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
+from preprocessing.scans import DIAGNOSES, LABELS, MODALITIES, SPLITS, Scan, Search, explain_ambiguous
 from preprocessing.store import StoredScan, clear_leftovers, list_scans, withdraw
 from preprocessing.strip import STRIP
 from preprocessing.subjects import key_subject, parse_pattern
@@ -304,12 +304,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clinical", type=Path, help="clinical table (csv, tsv, xlsx, xls) with diagnoses, ages and sexes"
     )
-    for label in LABELS:
+    for label in DIAGNOSES:
         parser.add_argument(
             f"--{label}-values", nargs="+", metavar="VALUE", help=f"values of the table's diagnosis that mean {label}"
         )
     parser.add_argument(
-        "--blank-cdr", choices=LABELS, help="label where the table's cell is empty; left out: do not use such scans"
+        "--blank-cdr", choices=DIAGNOSES, help="label where the table's cell is empty; left out: do not use such scans"
     )
     parser.add_argument("--label", choices=LABELS, help="label of all scans, where there is no table")
     parser.add_argument(

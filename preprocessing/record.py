@@ -66,6 +66,8 @@ def find_wrong(record: dict) -> str:
         "straight": not _is_straight(record.get("straight")),
         "axes": not (isinstance(record["axes"], str) and record["axes"] in AXES),
         "centre": not _are_numbers(record["centre"], 2),
+        "unscored_share": record.get("unscored_share") is not None and not _lies_in(record["unscored_share"], 0, 1),
+        "unscored_lesions_ml": not _are_volumes(record.get("unscored_lesions_ml") or []),
         "slices": not (_are_counts(record["slices"]) and record["slices"]),
         "scale": not _are_numbers(record["scale"], 3),
     }
@@ -106,6 +108,10 @@ def _are_numbers(values, count: int) -> bool:
         and len(values) == count
         and all(type(value) in (int, float) and math.isfinite(value) for value in values)
     )
+
+
+def _are_volumes(values) -> bool:
+    return isinstance(values, list) and all(_lies_in(value, 0, MOST_VOXELS) for value in values)
 
 
 def _are_texts(values) -> bool:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
-LABELS = ("normal", "abnormal")
+DIAGNOSES = ("normal", "abnormal")
+LABELS = (*DIAGNOSES, "unlabelled")  # of scans of which nobody has said yet; for testing alone
 TREE = "split/label tree"
 NO_SCAN = "a mask without a scan"
 

@@ -43,12 +43,14 @@ _SETTINGS: dict[tuple, tuple] = {}  # each combination once, however many scans 
 class LoadedScan:
     """A scan in memory, from the store or straight from its file.
 
-    label         normal, abnormal, or empty where it is not known
+    label         of `scans.LABELS`; empty for a scan straight from its file
     stack         (n, size, size) float16 in [0, 1], the background exactly 0 and the brain above 0
     lesion        (n, size, size) bool, or None where no lesion mask is known
     scale         the scanner values that became 0 and 1, and the exponent (`geometry.scale_intensity`)
     skull_off     whether the stack shows the brain alone
     lesion_voxels of the scan's own grid, for each kept slice; None where no lesion mask is known
+    unscored_share        of the brain's voxels, those outside the kept slices; None where it was not recorded
+    unscored_lesions_ml   volumes of the lesions that lie wholly outside them; None where they are not known
     brain_ml      volume of the brain mask, where the scan comes from its file
     hashes        which scan it is, see `StoredScan`
     warnings      what to know before trusting the scan
@@ -65,6 +67,8 @@ class LoadedScan:
     scale: Scale
     skull_off: bool
     lesion_voxels: tuple[int, ...] | None = None
+    unscored_share: float | None = None
+    unscored_lesions_ml: tuple[float, ...] | None = None
     session: str = ""
     age: float | None = None
     sex: str | None = None
@@ -123,7 +127,8 @@ class StoredScan:
     def load(self) -> LoadedScan:
         """The scan with its slices. Raises DataError where one is broken."""
         record = self.record
-        lesion_voxels = record.get("lesion_voxels")
+        lesions = {name: record.get(name) for name in ("lesion_voxels", "unscored_lesions_ml")}
+        known = {name: None if values is None else tuple(values) for name, values in lesions.items()}
         return LoadedScan(
             name=self.name,
             label=self.label,
@@ -135,7 +140,8 @@ class StoredScan:
             hashes=self.hashes,
             scale=tuple(record["scale"]),
             skull_off=record["skull_off"],
-            lesion_voxels=None if lesion_voxels is None else tuple(lesion_voxels),
+            **known,
+            unscored_share=record.get("unscored_share"),
             session=record.get("session") or "",
             age=record.get("age"),
             sex=record.get("sex"),
@@ -160,7 +166,7 @@ class StoredScan:
         if self.label == "normal":
             return np.zeros((len(self.indices), self.size, self.size), dtype=bool)
         folder = _mask_folder(self.folder)
-        if not folder.is_dir():
+        if self.label != "abnormal" or not folder.is_dir():  # an unlabelled scan does not own the masks of its name
             return None
         return np.stack([read_slice(folder / name_slice(i), self.size) for i in self.indices]) > 0
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+from scipy import ndimage
 
 from common.cli import DataError, explain
 from preprocessing.geometry import Geometry, Scale, cut_stack
@@ -73,7 +74,10 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
     try:
         if old is None:
             record = {"scan": scan.name, **origin, "content": loaded.hashes[0]}
-            record |= {} if lesion is None else {"lesion_voxels": list(loaded.lesion_voxels)}
+            record |= {"unscored_share": loaded.unscored_share}
+            if lesion is not None:
+                record |= {"lesion_voxels": list(loaded.lesion_voxels)}
+                record |= {"unscored_lesions_ml": list(loaded.unscored_lesions_ml)}
             record |= {"warnings": list(loaded.warnings)} if loaded.warnings else {}
             record |= {"stripped": True} if loaded.stripped else {}
             place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
@@ -139,8 +143,24 @@ def _read(scan: Scan, settings: CutSettings) -> tuple[LoadedScan, np.ndarray | N
     if loaded.geometry.straight:
         mask = loaded.geometry.straight.bring_mask(found.volume, mask)
     counts = mask.sum(axis=(0, 1))[list(loaded.geometry.slices)].tolist()  # on the scan's own grid
-    loaded = replace(loaded, lesion_voxels=tuple(counts), warnings=(*loaded.warnings, *odd))
+    unscored = list_unscored(mask, loaded.geometry.slices, float(np.prod(loaded.geometry.spacing_mm)) / 1000)
+    known = {"lesion_voxels": tuple(counts), "unscored_lesions_ml": unscored}
+    loaded = replace(loaded, **known, warnings=(*loaded.warnings, *odd))
     return loaded, loaded.geometry.cut_mask(mask)
+
+
+def list_unscored(lesion: np.ndarray, slices: tuple[int, ...], voxel_ml: float) -> tuple[float, ...]:
+    """The volumes (ml) of the lesions of a mask (X, Y, Z) bool none of whose voxels lies in these slices along Z.
+
+    Parts with at most two voxels between them are one lesion, as where lesions are scored.
+    """
+    if not np.delete(lesion, slices, axis=2).any():
+        return ()
+    touching = np.ones((3, 3, 3))
+    parts, _ = ndimage.label(ndimage.binary_dilation(lesion, touching), touching)
+    parts[~lesion.astype(bool)] = 0
+    voxels, inside = np.bincount(parts.ravel()), np.unique(parts[:, :, list(slices)])
+    return tuple(float(voxels[part] * voxel_ml) for part in np.setdiff1d(np.unique(parts), [0, *inside]))
 
 
 class _Brain(NamedTuple):
@@ -192,6 +212,7 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     stripped = _keep_extracted(found, cut_from[0], geometry, scale) if found.stripped else None
+    scored = np.count_nonzero(cut_from[1][:, :, list(geometry.slices)])
     own = {"shape": volume.shape, "affine": tuple(map(tuple, volume.affine.tolist())), "axes": volume.axes}
     return LoadedScan(
         name=name_scan(path),
@@ -204,6 +225,7 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
         scale=scale,
         skull_off=found.skull_off,
         brain_ml=found.brain_ml,
+        unscored_share=1 - scored / np.count_nonzero(cut_from[1]) if found.skull_off else None,
         hashes=(hash_voxels(volume.values, volume.spacing_mm),),
         warnings=tuple(warnings),
         stripped=stripped,

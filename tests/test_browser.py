@@ -1,8 +1,9 @@
-"""report.html in a browser: it sorts, finds, unfolds, shows the viewer and fits on a phone."""
+"""report.html in a browser: sorting, links, the viewer by mouse and keys, a phone, and no scripts at all."""
 
 import csv
 import shutil
 
+import numpy as np
 import pytest
 
 
@@ -22,55 +23,174 @@ def browser():
     browser.quit()
 
 
-def test_page_in_a_browser(browser, evaluation):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    def shown() -> list[str]:
-        return [one.text for one in browser.find_elements(By.CSS_SELECTOR, "#table .name") if one.is_displayed()]
-
+@pytest.fixture
+def page(browser, evaluation):
+    """The evaluation's report, opened; at the end the browser must have nothing to complain of."""
     out, _ = evaluation
     browser.get((out / "report.html").as_uri())
-    scans = list(csv.DictReader((out / "scans.csv").open()))
-    assert shown() == [r["scan"] for r in sorted(scans, key=lambda row: -float(row["score"]))]
-    head = browser.find_element(By.XPATH, "//thead//button[text()='scan']")
-    head.send_keys(Keys.ENTER)
-    assert shown() == sorted(row["scan"] for row in scans)
-    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
-    head.send_keys(Keys.ENTER)
-    assert shown() == sorted((row["scan"] for row in scans), reverse=True)
-    browser.find_element(By.XPATH, "//thead//button[text()='score']").click()
-    assert shown() == [r["scan"] for r in sorted(scans, key=lambda row: -float(row["score"]))]
-
-    label = browser.find_element(By.ID, "label")
-    label.send_keys("abnormal")
-    assert set(shown()) == {row["scan"] for row in scans if row["label"] == "abnormal"}
-    assert browser.find_element(By.ID, "shown").text == "2 of 4 scans shown"
-    label.send_keys(Keys.HOME)
-    assert len(shown()) == len(scans)
-    browser.find_element(By.ID, "find").send_keys(scans[0]["scan"][:-2])
-    assert shown()
-    assert all(scans[0]["scan"][:-2] in name for name in shown())
-    browser.find_element(By.ID, "find").clear()
-    browser.find_element(By.ID, "find").send_keys(Keys.SPACE, Keys.BACKSPACE)
-    assert len(shown()) == len(scans)
-
-    name = browser.find_element(By.CSS_SELECTOR, "#table .name")
-    name.send_keys(Keys.ENTER)
-    assert name.get_attribute("aria-expanded") == "true"
-    picture = browser.find_element(By.CSS_SELECTOR, ".detail img")
-    WebDriverWait(browser, 20).until(lambda _: picture.get_property("naturalWidth") > 0)
-    browser.find_element(By.CSS_SELECTOR, "button.viewer").send_keys(Keys.ENTER)
-    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
-    canvas = WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.TAG_NAME, "canvas"))[0]
-    coloured = """const c = arguments[0], d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-        return d.some((v, i) => i % 4 < 3 && v > 0)"""
-    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(coloured, canvas))
-    browser.switch_to.default_content()
-
-    metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    yield browser
     errors = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not errors
+
+
+def find(browser, selector: str):
+    """The first element of a CSS selector."""
+    return browser.find_element("css selector", selector)
+
+
+def wait_for(browser, script: str):
+    """What a script gives, once that is neither false nor null."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(browser, 20).until(lambda _: browser.execute_script(script))
+
+
+def open_viewer(browser) -> str:
+    """Unfold the first scan and wait until its viewer is drawn; returns its anchor."""
+    anchor = find(browser, "#table .name").get_attribute("href").split("#")[1]
+    find(browser, "#table .name").click()
+    wait_for(browser, f"return !!(viewers['{anchor}'] && viewers['{anchor}'].scan)")
+    return anchor
+
+
+def read_values(browser) -> str:
+    return find(browser, ".open .values").text
+
+
+def test_scans_are_sorted_found_and_unfolded(page, evaluation):
+    from selenium.webdriver.common.keys import Keys
+
+    def shown() -> list[str]:
+        return [one.text for one in page.find_elements("css selector", "#table .name") if one.is_displayed()]
+
+    scans = list(csv.DictReader((evaluation[0] / "scans.csv").open()))
+    assert shown() == [r["scan"] for r in sorted(scans, key=lambda row: -float(row["score"]))]
+    head = page.find_element("xpath", "//thead//button[text()='scan']")
+    head.send_keys(Keys.ENTER)
+    assert shown() == sorted(row["scan"] for row in scans)
+    assert head.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
+    head.send_keys(Keys.ENTER)
+    assert shown() == sorted((row["scan"] for row in scans), reverse=True)
+    page.find_element("xpath", "//thead//button[text()='score']").click()
+    assert shown() == [r["scan"] for r in sorted(scans, key=lambda row: -float(row["score"]))]
+
+    label = find(page, "#label")
+    label.send_keys("abnormal")
+    assert set(shown()) == {row["scan"] for row in scans if row["label"] == "abnormal"}
+    assert find(page, "#shown").text == "2 of 4 scans shown"
+    label.send_keys(Keys.HOME)
+    find(page, "#find").send_keys(scans[0]["scan"][:-2])
+    assert shown()
+    assert all(scans[0]["scan"][:-2] in name for name in shown())
+    find(page, "#find").clear()
+    find(page, "#find").send_keys(Keys.SPACE, Keys.BACKSPACE)
+    assert len(shown()) == len(scans)
+
+    name = find(page, "#table .name")
+    name.send_keys(Keys.ENTER)
+    assert name.get_attribute("aria-expanded") == "true"
+    picture = find(page, ".open img")
+    wait_for(page, "return document.querySelector('.open img').naturalWidth > 0")
+    assert picture.is_displayed()
+    name.send_keys(Keys.SPACE)
+    assert name.get_attribute("aria-expanded") == "false"
+    assert not picture.is_displayed()
+
+
+def test_a_link_leads_to_its_scan(page, evaluation):
+    last = page.find_elements("css selector", "#table .name")[-1]
+    page.get(f"{(evaluation[0] / 'report.html').as_uri()}#{last.get_attribute('href').split('#')[1]}")
+    page.refresh()
+    assert page.find_elements("css selector", "#table .name")[-1].get_attribute("aria-expanded") == "true"
+    assert find(page, ".open .held").is_displayed()
+
+
+def test_the_viewer_moves_by_mouse_and_keys_and_says_where_it_is(page):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    anchor = open_viewer(page)
+    packed = page.execute_script(f"return viewers['{anchor}'].packed")
+    place = packed["start"][2]
+    x, y, z = (round(value) for value in np.array(packed["affine"]) @ [*packed["start"], 1])
+    start = read_values(page)
+    assert start.startswith(f"x {x}, y {y}, z {z} mm")
+    assert packed["slices"][place].split(", ")[1] in start
+    assert "times the threshold" in start
+    axial = find(page, ".open canvas")
+    axial.click()
+    assert read_values(page) != start
+    by = -1 if place else 1
+    axial.send_keys(Keys.ARROW_DOWN if place else Keys.ARROW_UP)
+    assert packed["slices"][place + by].split(", ")[1] in read_values(page)
+    axial.send_keys("0")
+    assert read_values(page) == start
+    ActionChains(page).drag_and_drop_by_offset(axial, 15, 10).perform()
+    assert read_values(page) != start
+    wheel = "arguments[0].dispatchEvent(new WheelEvent('wheel', {deltaY: arguments[1], cancelable: true}))"
+    axial.send_keys("0")
+    page.execute_script(wheel, axial, 100 if place else -100)
+    assert packed["slices"][place + by].split(", ")[1] in read_values(page), "the wheel steps through the slices"
+
+
+def test_the_viewer_shows_what_is_asked_for(page):
+    from selenium.webdriver.common.keys import Keys
+
+    anchor = open_viewer(page)
+    axial = find(page, ".open canvas")
+    draw = f"return viewers['{anchor}'].canvases[0].toDataURL()"
+    drawn = [page.execute_script(draw)]
+    for key in ("1", "2", "3", "r", "o", "f", "f"):
+        axial.send_keys(key)
+        drawn.append(page.execute_script(draw))
+    assert len(set(drawn[:6])) == 6, "scan, reconstruction, residual and map differ, so do the side and the lines"
+    assert drawn[-2] != drawn[-1], "flicker"
+    axial.send_keys("0")
+    assert page.execute_script(draw) == drawn[0]
+    for name, key in (("threshold", Keys.ARROW_RIGHT), ("opacity", Keys.ARROW_LEFT), ("window", Keys.ARROW_LEFT)):
+        slider = find(page, f".open input[name={name}]")
+        slider.send_keys(*[key] * 5)
+        assert page.execute_script(draw) != drawn[0], name
+        axial.send_keys("0")
+    find(page, ".open input[name=threshold]").send_keys(Keys.ARROW_RIGHT)
+    assert "1.0 times the threshold" in find(page, ".open output").text
+
+
+def test_a_click_on_a_region_moves_the_viewer_there(page):
+    anchor = open_viewer(page)
+    regions = page.execute_script(f"return viewers['{anchor}'].packed.regions")
+    assert regions
+    row = page.find_elements("css selector", ".open .regions tbody tr")[-1]
+    row.click()
+    wait_for(page, f"return viewers['{anchor}'].region === {regions[-1]['number']}")
+    voxel = page.execute_script(f"return viewers['{anchor}'].voxel")
+    assert all(abs(a - b) <= 1 for a, b in zip(voxel, regions[-1]["voxel"], strict=True))
+
+
+def test_the_page_fits_on_a_phone(page):
+    metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        open_viewer(page)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        canvas = find(page, ".open canvas")
+        assert canvas.size["width"] > 300
+        assert page.execute_script("return getComputedStyle(arguments[0]).touchAction", canvas) == "pan-y"
+        canvas.click()
+        assert page.execute_script("return getComputedStyle(arguments[0]).touchAction", canvas) == "none", "it is used"
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_pictures_and_tables_are_there_without_scripts(browser, evaluation):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get((evaluation[0] / "report.html").as_uri())
+        folded = browser.find_elements("css selector", "#table details:not(.held details)")[0]
+        folded.find_element("css selector", "summary").click()
+        assert folded.find_element("css selector", "img").is_displayed()
+        assert folded.find_element("css selector", "table.regions").is_displayed()
+        assert not find(browser, ".filters").is_displayed(), "what does nothing is not shown"
+        assert find(browser, "#table thead th").text == "scan"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -196,6 +196,8 @@ def test_without_a_tree_something_must_say_who_is_normal(folder):
     assert len(found.left_out) == 2
     assert {scan.axes for scan in found.scans} == {"LAS"}
     assert [scan.label for scan in plan_tree(folder, label="abnormal").scans] == 4 * ["abnormal"]
+    unlabelled = plan_tree(folder, label="unlabelled").scans
+    assert {(scan.label, scan.split, scan.lesion_mask) for scan in unlabelled} == {("unlabelled", "test", None)}
     assert len(plan_tree(folder, clinical=folder / "a.csv", blank="normal").scans) == 3
     assert plan_tree(folder, clinical=folder / "a.csv").notes == (
         "a.csv: CDR 0 -> normal (1 line)",

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from common.cli import DataError
 from evaluation.evaluate import main as evaluate
+from evaluation.table import format_figure
 from models.checkpoint import load_checkpoint
 from preprocessing.store import list_scans
 
@@ -46,7 +47,18 @@ def test_the_tables_have_a_row_for_each(evaluation, processed):
     assert list(slices[0]) == ["label", "scan", "subject", "slice", "lesion_voxels", "p_value", *scores]
     known = ["label", "scan", "subject", "lesion_known", "p_value", "flagged"]
     assert list(rows[0]) == [*known, *scores, "age", "sex"]
-    regions = ["label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean", "p_value"]
+    regions = ["label", "scan", "volume_ml", "x_mm", "y_mm", "z_mm", "side", "peak", "mean"]
+    regions += [
+        "peak_x_mm",
+        "peak_y_mm",
+        "peak_z_mm",
+        "number",
+        "slice",
+        "file_axis",
+        "file_index",
+        "on_lesion",
+        "p_value",
+    ]
     assert (out / "regions.csv").read_text().splitlines()[0] == ",".join(regions)
     lesions = ["label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak"]
     assert (out / "lesions.csv").read_text().splitlines()[0] == ",".join(lesions)
@@ -64,8 +76,8 @@ def test_pictures_are_those_of_the_worst_slices(evaluation, processed):
     assert montages == sorted((scan.label, scan.name) for scan in list_scans(processed / "test"))
     for path in [*out.rglob("*.png")]:
         assert plt.imread(path)[..., :3].std() > 0.05, f"{path} is blank"
-    names = {f"{what}_{level}" for what in ("curves", "histograms") for level in ("scans", "slices")}
-    assert {path.stem for path in out.glob("*.png")} == names | {"dice", "detectability", "calibration"}
+    names = {f"{what}_{level}" for what in ("curves", "scores") for level in ("scans", "slices")}
+    assert {path.stem for path in out.glob("*.pdf")} == names | {"dice", "detectability", "calibration"}
 
 
 def test_metrics_agree_with_the_tables(evaluation):
@@ -262,7 +274,7 @@ def test_the_printed_table_says_what_the_metrics_say(evaluation, capsys):
     figures = read_metrics(out)["figures"]
     printed = next(line for line in lines if line.startswith("anomaly map of the model"))
     names = ("voxel_ap", "best_dice", "dice", "slice_auroc", "scan_auroc")
-    cells = [f"{m['value']:.3f} ({m['low']:.3f}-{m['high']:.3f})" for m in (figures["score"][name] for name in names)]
+    cells = [format_figure(figures["score"][name]).replace("–", "-") for name in names]
     assert [cell for cell in cells if cell not in printed] == []
     assert printed.index(cells[0]) < printed.index(cells[-1])
     assert any(line.startswith("0 of 2 normal scans flagged at a false-positive rate of 0.05") for line in lines)
@@ -307,3 +319,24 @@ def test_a_scan_under_both_labels_is_refused(untrained, processed, tmp_path):
     shutil.copytree(ill.folder, data / "normal/well")
     with pytest.raises(DataError, match="holds the same scan as"):
         evaluate(["--run", str(untrained), "--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_an_unlabelled_cohort_gets_its_page_and_no_figures_of_detection(untrained, processed, tmp_path):
+    shutil.copytree(processed / "test/abnormal", tmp_path / "test/unlabelled")
+    shutil.copytree(processed / "test/masks", tmp_path / "test/masks")  # of abnormal scans with the same names
+    out = tmp_path / "out"
+    assert evaluate(["--run", str(untrained), "--data", str(tmp_path / "test"), "--out", str(out)]) == 0
+    content = read_metrics(out)
+    assert {label: content["counts"].get(label) for label in ("normal", "abnormal", "unlabelled")} == {
+        "normal": 0,
+        "abnormal": 0,
+        "unlabelled": 2,
+    }
+    assert not any(content["figures"].values()), "nothing is measured where nothing is known"
+    assert content["counts"]["without_lesion_mask"] == 0
+    assert (content["flagged"]["unlabelled"]["flagged"], content["flagged"]["unlabelled"]["scans"]) == (0, 2)
+    page = (out / "report.html").read_text()
+    assert "0 of 2 unlabelled scans are flagged" in page
+    assert "2 unlabelled scans, " in page
+    assert page.count('class="viewer"') == 2
+    assert "voxel AP" not in page.split("<script")[0]

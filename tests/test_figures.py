@@ -1,5 +1,7 @@
 """Figures show the numbers that they are given, with names on every axis."""
 
+import base64
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,15 +10,19 @@ from scipy.stats import binom
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from evaluation.figures import (
+    STYLE,
     draw_ages,
     draw_calibration,
     draw_curves,
     draw_detectability,
     draw_dice,
-    draw_histograms,
+    draw_figures,
+    draw_scores,
 )
+from evaluation.predictor import DETECTORS
+from evaluation.results import Results
 
-VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
+VERMILION = "#D55E00"
 METRIC = {"value": 0.5, "low": 0.41, "high": 0.62}
 
 
@@ -45,19 +51,19 @@ def read_legend(axis: plt.Axes) -> list[str]:
 def test_curves_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels = np.arange(30) % 3 == 0
-    scores = {"anomaly map": rng.random(30) + labels, "plain": rng.random(30)}
+    scores = {"score": rng.random(30) + labels, "mse": rng.random(30)}
     other = {"value": 0.7, "low": 0.6, "high": 0.8}
-    figure = draw_curves(labels, scores, {"anomaly map": (METRIC, other), "plain": (other, METRIC)}, "scans")
+    figure = draw_curves(labels, scores, {"score": (METRIC, other), "mse": (other, METRIC)}, "scans")
     check_names(figure)
     left, right = figure.axes
     for name, values in scores.items():
         false_positive, true_positive, _ = roc_curve(labels, values)
-        np.testing.assert_allclose(find_line(left, name).get_xydata(), np.c_[false_positive, true_positive])
+        np.testing.assert_allclose(find_line(left, DETECTORS[name]).get_xydata(), np.c_[false_positive, true_positive])
         precision, recall, _ = precision_recall_curve(labels, values)
-        np.testing.assert_allclose(find_line(right, name).get_xydata(), np.c_[recall, precision])
-        assert find_line(right, name).get_drawstyle() == "steps-post"
-    assert read_legend(left)[0] == "anomaly map, 0.50 (0.41–0.62)"
-    assert read_legend(right)[0] == "anomaly map, 0.70 (0.60–0.80)"
+        np.testing.assert_allclose(find_line(right, DETECTORS[name]).get_xydata(), np.c_[recall, precision])
+        assert find_line(right, DETECTORS[name]).get_drawstyle() == "steps-post"
+    assert read_legend(left)[0] == "anomaly map of the model, 0.50 (0.41–0.62)"
+    assert read_legend(right)[0] == "anomaly map of the model, 0.70 (0.60–0.80)"
     np.testing.assert_allclose(find_line(left, "chance").get_xydata(), [[0, 0], [1, 1]])
     assert set(find_line(right, "prevalence, 0.33").get_ydata()) == {1 / 3}
     assert left.get_title() == "ROC\n10 abnormal, 20 normal scans"
@@ -65,33 +71,66 @@ def test_curves_are_those_of_scikit_learn():
     assert (left.get_xlabel(), left.get_ylabel()) == ("false positive rate", "true positive rate")
     assert (right.get_xlabel(), right.get_ylabel()) == ("recall", "precision")
     assert right.get_ylim() == (0, 1.02)
-    lines = [find_line(left, name) for name in scores]
+    lines = [find_line(left, DETECTORS[name]) for name in scores]
     assert not same_color(lines[0].get_color(), lines[1].get_color())
     assert lines[0].get_linestyle() != lines[1].get_linestyle(), "told apart without colours too"
 
 
-def test_histograms_count_by_label():
-    rows = [{"label": "normal", "score": s, "mse": 0.1 * s} for s in (1.0, 1.0, 2.0)]
-    rows += [{"label": "abnormal", "score": 5.0, "mse": 0.5}]
-    figure = draw_histograms(rows, {"score": "score of scans", "mse": "MSE"}, {"score": (3.5, "above: p ≤ 0.05")})
-    check_names(figure)
-    left, right = figure.axes
-    assert read_legend(left) == ["normal (3)", "abnormal (1)", "above: p ≤ 0.05"]
-    assert read_legend(right) == ["normal (3)", "abnormal (1)"]
-    assert [axis.get_title() for axis in figure.axes] == ["score of scans", "MSE"]
-    assert set(find_line(left, "above").get_xdata()) == {3.5}
-    for patch, colour, (last, most) in zip(left.patches, (BLUE, VERMILION), ((2, 2), (5, 1)), strict=True):
-        assert same_color(patch.get_edgecolor(), colour)
-        x, y = patch.get_xy().T
-        assert y.max() == most
-        assert x[y > 0].min() <= last <= x[y > 0].max()
+def test_every_score_is_a_point_in_the_strip_of_its_group():
+    groups = {"healthy, validation": np.array([1.0, 2.0, 4.0]), "abnormal": np.array([3.0, 90.0])}
+    figure = draw_scores(groups, "score of scans", (3.5, "above: p ≤ 0.05"))
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["healthy, validation (3)", "abnormal (2)"]
+    strips = [line for line in axis.lines if line.get_marker() == "o"]
+    for row, (strip, values) in enumerate(zip(strips, groups.values(), strict=True)):
+        np.testing.assert_array_equal(strip.get_xdata(), values)
+        assert np.abs(strip.get_ydata() - row).max() < 0.3, "within its strip"
+    medians = [line.get_xdata()[0] for line in axis.lines if line not in strips and line.get_linestyle() == "-"]
+    assert medians == [2, 46.5]
+    assert set(find_line(axis, "above").get_xdata()) == {3.5}
+    assert axis.get_xscale() == "log"
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first on top"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["median", "above: p ≤ 0.05"]
+    assert draw_scores({"normal": np.array([-1.0, 2.0])}, "score", None).axes[0].get_xscale() == "linear"
 
 
-def test_histograms_have_finer_bins_the_more_rows_there_are():
-    for count, bins in ((10, 11), (100, 20), (1000, 40)):
-        rows = [{"label": "normal", "score": float(i)} for i in range(count)]
-        (axis,) = draw_histograms(rows, {"score": "score"}, {}).axes
-        assert len(np.unique(axis.patches[0].get_xy()[:, 0])) == bins + 1
+def test_figures_are_legible_at_the_width_of_a_column():
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6}
+    groups = [{"group": "a", "recall": metric, "dice": metric, "lesions": 4, "scans": 3}]
+    with plt.rc_context(STYLE):
+        drawn = [
+            draw_scores({"normal": np.array([1.0, 2.0])}, "score", None),
+            draw_dice(np.array([8.0, 4]), np.array([0.1, 0.3]), 4.0, 0.3, "2 lesions"),
+            draw_detectability({"volume": groups}),
+            draw_calibration({"scans": np.array([0.1, 1.0]), "slices": np.array([0.25, 1.0])}, 0.05),
+            draw_ages([{"age": 20, "score": 1.0, "sex": "F"}], None),
+        ]
+        for figure in drawn:
+            assert figure.get_figwidth() == 3.5
+            texts = [text for text in figure.findobj(plt.Text) if text.get_text()]
+            assert min(text.get_fontsize() for text in texts) >= 7
+
+
+def test_figures_are_left_as_pdf_and_shown_as_svg(tmp_path):
+    results = Results({})
+    results.scans = [
+        {"label": label, "scan": str(i), "subject": str(i), "lesion_known": True, "flagged": False, "p_value": 0.5}
+        | dict.fromkeys(DETECTORS, float(i + 1))
+        for i, label in enumerate(("normal", "abnormal", "unlabelled"))
+    ]
+    results.slices = [row | {"lesion_voxels": 20} for row in results.scans]
+    figures = {name: {f"{level}_{of}": METRIC for level in ("scan", "slice") for of in ("auroc", "ap")}
+               for name in DETECTORS}  # fmt: skip
+    content = {"settings": {"false_positive_rate": 0.05}, "figures": figures, "detectability": {}, "flagged": {}}
+    content |= {"calibration": {"voxel_threshold": 4.0, "scan_score": 2.0, "slice_score": None}, "counts": {}}
+    healthy = {"scan": np.array([1.0, 2.0]), "slice": np.array([1.0])}
+    shown = draw_figures(tmp_path, results, content, healthy)
+    files = {"curves_scans.pdf", "curves_slices.pdf", "scores_scans.pdf", "scores_slices.pdf", "calibration.pdf"}
+    assert {path.name for path in tmp_path.iterdir()} == {file for file, _ in shown.values()} == files
+    for file, source in shown.values():
+        assert (tmp_path / file).read_bytes().startswith(b"%PDF")
+        assert b"<svg" in base64.b64decode(source.removeprefix("data:image/svg+xml;base64,"))
+    assert draw_figures(tmp_path, results, content, healthy) == shown, "the same again"
 
 
 def test_the_curve_of_dice_marks_the_calibrated_threshold_and_the_best():
@@ -116,9 +155,11 @@ def test_detectability_shows_recall_and_dice_with_their_intervals():
     axis = figure.axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["a\n4 in 3", "b\n4 in 3"]
     assert read_legend(axis) == ["share found", "mean Dice"]
-    for container, wanted, colour in zip(axis.containers, (recall, dice), (VERMILION, BLUE), strict=True):
+    markers = [container.lines[0].get_marker() for container in axis.containers]
+    assert len(set(markers)) == 2, "told apart by shape, since they are one detector's"
+    for container, wanted in zip(axis.containers, (recall, dice), strict=True):
         points, _, (bars,) = container.lines
-        assert same_color(points.get_color(), colour)
+        assert same_color(points.get_color(), VERMILION)
         np.testing.assert_allclose(points.get_ydata(), wanted["value"])
         np.testing.assert_allclose(np.rint(points.get_xdata()), [0, 1])
         for segment in bars.get_segments():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation.metrics import (
@@ -273,7 +274,13 @@ def test_detectability_counts_what_stands_behind_it():
     small, large = measure_detectability(rows, name_volume, ["0.3–1 ml", "1–3 ml", "10 ml and more"])
     assert (small["group"], small["lesions"], small["scans"], small["subjects"]) == ("0.3–1 ml", 3, 3, 2)
     assert small["recall"]["value"] == pytest.approx(1 / 3)
-    assert small["recall"]["low"] == 0
-    assert small["recall"]["high"] == pytest.approx(1 / 2), "both draws of the subject with one of two found"
+    exact = binomtest(1, 3).proportion_ci(method="exact")
+    assert (small["recall"]["low"], small["recall"]["high"]) == (exact.low, exact.high)
     assert small["dice"]["value"] == pytest.approx(0.2)
     assert (large["group"], large["recall"]["value"], large["dice"]["value"]) == ("10 ml and more", 1, 1)
+    assert large["recall"]["low"] == pytest.approx(0.025), "one of one says little"
+    assert (small["not_scored"], large["not_scored"]) == (0, 0)
+    unscored = [{"volume_ml": 0.4}, {"volume_ml": 5}, {"volume_ml": 0.4}]
+    groups = measure_detectability(rows, name_volume, ["0.3–1 ml", "3–10 ml"], unscored)
+    assert [(group["lesions"], group["not_scored"]) for group in groups] == [(3, 2), (0, 1)]
+    assert groups[1]["recall"] is groups[1]["dice"] is None, "nothing of this size was scored"

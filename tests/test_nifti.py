@@ -30,21 +30,21 @@ def predict_map(affine: np.ndarray = AFFINE) -> Prediction:
     return replace(made, scan=replace(made.scan, geometry=geometry), native_map=make_map())
 
 
-def check_image(image: nib.Nifti1Image, top: float) -> None:
+def check_image(image: nib.Nifti1Image, scale: tuple[float, float], intent: str) -> None:
     np.testing.assert_allclose(image.get_qform(), AFFINE, atol=1e-6)
     np.testing.assert_allclose(image.get_sform(), AFFINE, atol=1e-6)
     assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (1, 1), "scanner coordinates"
     assert image.header.get_xyzt_units()[0] == "mm"
-    assert float(image.header["cal_max"]) == top
-    assert float(image.header["cal_min"]) == 0
+    assert (float(image.header["cal_min"]), float(image.header["cal_max"])) == scale
+    assert image.header.get_intent()[0] == intent
 
 
 def test_a_map_and_its_mask_are_written_on_the_scans_grid(tmp_path):
     write_maps(tmp_path / "new" / "a_T1w", predict_map())
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a_T1w_anomaly.nii.gz", "a_T1w_mask.nii.gz"]
     anomaly, mask = (nib.load(tmp_path / f"new/a_T1w_{what}.nii.gz") for what in ("anomaly", "mask"))
-    check_image(anomaly, 6.0)
-    check_image(mask, 1.0)
+    check_image(anomaly, (1.5, 48.0), "estimate")
+    check_image(mask, (0.0, 1.0), "label")
     assert anomaly.get_data_dtype() == np.float32
     assert mask.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(anomaly.get_fdata(), make_map())
@@ -95,8 +95,8 @@ def test_bids_maps_have_sidecars(tmp_path):
         f"{stem}.{ending}" for stem in stems for ending in ("json", "nii.gz")
     ]
     images = [nib.load(folder / f"{stem}.nii.gz") for stem in stems]
-    check_image(images[0], 1.0)
-    check_image(images[1], 6.0)
+    check_image(images[0], (0.0, 1.0), "label")
+    check_image(images[1], (1.5, 48.0), "estimate")
     assert np.argwhere(images[0].get_fdata() > 0).tolist() == [[0, 0, 1], [0, 0, 2]]
     np.testing.assert_array_equal(images[1].get_fdata(), make_map())
     mask, statmap = (json.loads((folder / f"{stem}.json").read_text()) for stem in stems)

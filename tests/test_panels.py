@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.colors import same_color, to_rgb
+from matplotlib.colors import same_color
 
-from evaluation.panels import draw_montage, draw_panels, draw_scan, find_crop, outline, overlay
+from evaluation.colours import overlay
+from evaluation.panels import draw_montage, draw_panels, draw_scan, find_crop
+from evaluation.regions import list_regions
 from tests.predictions import make_prediction
 
-SKY_BLUE, GREY = "#56B4E9", 0.5
+SKY_BLUE, WHITE, GREY = "#56B4E9", "#FFFFFF", 0.5
 THRESHOLD = 4.0
 
 
@@ -36,9 +37,13 @@ def find_letters(axis: plt.Axes) -> dict[str, tuple[float, float]]:
     }
 
 
-def find_outlines(axis: plt.Axes) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(colour, points (n, 2) as x and y) of the contours drawn on an axis."""
-    return [(one.get_edgecolor()[0], np.concatenate([p.vertices for p in one.get_paths()])) for one in axis.collections]
+def find_outlines(axis: plt.Axes, colour: str) -> list[np.ndarray]:
+    """The points (n, 2) as x and y of the lines of this colour drawn on an axis."""
+    return [
+        np.concatenate([path.vertices for path in one.get_paths()])
+        for one in axis.collections
+        if same_color(one.get_edgecolor()[0], colour)
+    ]
 
 
 def draw_canvas(prediction, **changes) -> tuple[plt.Axes, np.ndarray]:
@@ -55,7 +60,7 @@ def test_a_panel_shows_slice_reconstruction_residual_and_anomaly():
     shown = [axis.images[0].get_array() for axis in axes]
     np.testing.assert_allclose(shown[0], prediction.scan.stack[4])
     np.testing.assert_allclose(shown[1], prediction.reconstruction[4])
-    np.testing.assert_allclose(shown[3], overlay(prediction.scan.stack[4], prediction.maps["score"][4], 8.0))
+    np.testing.assert_allclose(shown[3], overlay(prediction.scan.stack[4], prediction.maps["score"][4], THRESHOLD))
     lefts = [axis.get_position().x0 for axis in axes]
     assert lefts == sorted(lefts)
     for axis in axes[:2]:
@@ -107,16 +112,25 @@ def test_what_is_brighter_than_its_reconstruction_is_orange_what_is_darker_purpl
 def test_a_lesion_is_outlined_in_its_slice_alone():
     prediction = make_prediction()
     axes = find_pictures(draw_panels(prediction, [4], "title"))
-    outlines = [find_outlines(axis) for axis in axes]
-    assert [len(one) for one in outlines] == [1, 0, 1, 1], "the reconstruction is without"
-    for axis, wanted in ((0, SKY_BLUE), (2, "black"), (3, SKY_BLUE)):
-        colour, points = outlines[axis][0]
-        assert same_color(colour, wanted)
+    assert [len(find_outlines(axis, SKY_BLUE)) for axis in axes] == [1, 0, 1, 1], "the reconstruction is without"
+    for axis in (axes[0], axes[2], axes[3]):
+        (points,) = find_outlines(axis, SKY_BLUE)
         np.testing.assert_allclose(points.min(axis=0), [19.5, 39.5])
         np.testing.assert_allclose(points.max(axis=0), [23.5, 45.5])
     for i, lesion in ((3, True), (4, False)):
         axes = find_pictures(draw_panels(make_prediction(lesion=lesion), [i], "title"))
-        assert not any(find_outlines(axis) for axis in axes)
+        assert not any(find_outlines(axis, SKY_BLUE) for axis in axes)
+
+
+def test_the_border_is_drawn_where_the_map_crosses_the_threshold():
+    prediction = make_prediction()
+    for i, drawn in ((4, 1), (3, 0)):
+        axes = find_pictures(draw_panels(prediction, [i], "title"))
+        assert [len(find_outlines(axis, WHITE)) for axis in axes] == [0, 0, 0, drawn], "on the anomaly map alone"
+    (points,) = find_outlines(find_pictures(draw_panels(prediction, [4], "title"))[3], WHITE)
+    # from 1 outside to 8 within, 4 is crossed three sevenths of a pixel on
+    np.testing.assert_allclose(points.min(axis=0), [19 + 3 / 7, 39 + 3 / 7], atol=1e-5)
+    np.testing.assert_allclose(points.max(axis=0), [24 - 3 / 7, 46 - 3 / 7], atol=1e-5)
 
 
 def test_panels_have_a_row_a_slice_in_the_order_asked_for():
@@ -129,9 +143,9 @@ def test_panels_have_a_row_a_slice_in_the_order_asked_for():
     assert axes[0].get_position().y0 > axes[4].get_position().y1, "the first asked for is on top"
     assert axes[0].images[0].get_array().max() == pytest.approx(0.3, abs=1e-3)
     assert axes[4].images[0].get_array().max() == pytest.approx(0.9, abs=1e-3)
-    names = [[text.get_text() for text in axis.texts if "slice" in text.get_text()] for axis in axes]
-    assert names == [["slice 57"], [], [], [], ["slice 54"], [], [], []]
-    assert not any("slice" in text.get_text() for axis in one.axes for text in axis.texts), "the title says which"
+    names = [[text.get_text() for text in axis.texts if "mm" in text.get_text()] for axis in axes]
+    assert names == [["z 114 mm, k = 57"], [], [], [], ["z 108 mm, k = 54"], [], [], []]
+    assert not any("mm" in text.get_text() for axis in one.axes for text in axis.texts), "the title says which"
     assert [axis.get_title() for axis in axes[4:]] == [""] * 4
     assert one.get_suptitle() == two.get_suptitle() == "a $ title_"
     (title,) = [text for text in one.texts if text.get_text() == "a $ title_"]
@@ -139,16 +153,14 @@ def test_panels_have_a_row_a_slice_in_the_order_asked_for():
 
 
 @pytest.mark.parametrize("draw", ["panels", "montage"])
-def test_the_bar_of_anomalies_ends_at_twice_the_threshold_and_marks_it(draw):
+def test_the_bar_of_anomalies_goes_from_half_to_sixteen_times_the_threshold_and_marks_it(draw):
     shown = [[4]] if draw == "panels" else []
     figure = {"panels": draw_panels, "montage": draw_montage}[draw](make_prediction(), *shown, "title")
     (bar,) = [axis for axis in figure.axes if axis.get_ylabel().startswith("anomaly")]
-    assert bar.get_ylim() == (0, 8)
-    np.testing.assert_allclose(bar.get_yticks(), [0, 2, 4, 6, 8])
-    assert [label.get_text() for label in bar.get_yticklabels()] == ["0.0", "2.0", "4.0 ◂", "6.0", "8.0"]
-    assert [set(line.get_ydata()) for line in bar.lines if len(line.get_ydata()) == 2] == [{THRESHOLD}] * 2
-    assert bar.collections[-1].cmap.name == "inferno"
-    assert (bar.collections[-1].norm.vmin, bar.collections[-1].norm.vmax) == (0, 8)
+    assert bar.get_ylim() == pytest.approx((2, 64))
+    np.testing.assert_allclose(bar.get_yticks(), [2, 4, 8, 16, 32, 64])
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["2", "4 ◂", "8", "16", "32", "64"]
+    assert [set(line.get_ydata()) for line in bar.lines if len(line.get_ydata()) == 2] == [{THRESHOLD}]
 
 
 @pytest.mark.parametrize("draw", ["panels", "montage"])
@@ -164,27 +176,6 @@ def test_nothing_in_a_picture_overlaps_or_lies_outside(draw):
         box, (rows, columns) = axis.get_position(), axis.images[0].get_array().shape[:2]
         shape = (box.height * figure.get_figheight()) / (box.width * figure.get_figwidth())
         assert shape == pytest.approx(rows / columns, rel=1e-3), "pixels are square and the picture fills its place"
-
-
-def test_an_overlay_is_the_stronger_the_higher_the_anomaly():
-    inferno = matplotlib.colormaps["inferno"]
-    slice_ = np.full((1, 6), 0.4)
-    anomaly = np.array([[np.nan, 1.5, 3.0, 5.0, 10.0, 20.0]])
-    drawn = overlay(slice_, anomaly, top=10)[0]
-    np.testing.assert_allclose(drawn[0], GREY)
-    np.testing.assert_allclose(drawn[1], 0.4)  # up to 0.15 of the top, the slice alone
-    for i, share, opacity in ((2, 0.3, 0.3), (3, 0.5, 0.7), (4, 1.0, 0.85), (5, 1.0, 0.85)):
-        np.testing.assert_allclose(drawn[i], 0.4 * (1 - opacity) + np.array(inferno(share)[:3]) * opacity, atol=1e-6)
-    assert overlay(np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), 1).shape == (2, 3, 4, 3)
-
-
-def test_an_outline_lies_around_its_mask_within_the_slice():
-    mask = np.zeros((3, 5, 5), dtype=bool)
-    mask[1, 2, 2] = True
-    wanted = np.zeros_like(mask)
-    wanted[1, 1:4, 1:4] = True
-    wanted[1, 2, 2] = False
-    np.testing.assert_array_equal(outline(mask), wanted)
 
 
 def test_a_crop_leaves_five_pixels_around_the_brain():
@@ -206,7 +197,8 @@ def test_a_montage_shows_slices_from_the_lowest_to_the_highest_in_rows_of_eight(
         centre = canvas[row * side + side // 2, column * side + side // 2]
         np.testing.assert_allclose(centre, place / 10 + 0.05, atol=1e-3)
     np.testing.assert_allclose(canvas[side:, 2 * side :], GREY)
-    numbers = {int(t.get_text()): t.get_position() for t in axis.texts if t.get_text().isdecimal()}
+    numbers = {int(t.get_text().split(", k ")[1]): t.get_position() for t in axis.texts if ", k " in t.get_text()}
+    assert any(text.get_text() == "z 100, k 50" for text in axis.texts), "slices of 2 mm, from 0 mm on"
     assert sorted(numbers) == list(range(50, 60))
     for index, (x, y) in numbers.items():
         assert (int(y // side), int(x // side)) == divmod(index - 50, 8), "each in its tile"
@@ -218,14 +210,16 @@ def test_a_montage_has_the_nose_up_and_the_subjects_left_on_the_left():
     prediction = make_prediction()
     axis, canvas = draw_canvas(prediction)
     side = 60
-    blue = np.argwhere(np.abs(canvas - to_rgb(SKY_BLUE)).max(axis=-1) < 1e-3)
-    assert set(blue[:, 1] // side) == {4, 5}, "the lesion's slices"
-    in_tile = blue[blue[:, 1] // side == 4] % side
-    # the crop starts at pixel 2; the lesion lies in rows 40 to 45 from below, columns 20 to 23, its rim around it
-    assert (in_tile[:, 0].min(), in_tile[:, 0].max()) == (side - 1 - (46 - 2), side - 1 - (39 - 2))
-    assert (in_tile[:, 1].min(), in_tile[:, 1].max()) == (19 - 2, 24 - 2)
+    (blue,) = find_outlines(axis, SKY_BLUE)
+    assert set(blue[:, 0] // side) == {4, 5}, "the lesion's slices"
+    in_tile = blue[blue[:, 0] // side == 4] % side
+    # the crop starts at pixel 2; the lesion lies in rows 40 to 45 from below, columns 20 to 23
+    assert (in_tile[:, 1].min(), in_tile[:, 1].max()) == (side - 1 - (45.5 - 2), side - 1 - (39.5 - 2))
+    assert (in_tile[:, 0].min(), in_tile[:, 0].max()) == (19.5 - 2, 23.5 - 2)
+    (white,) = find_outlines(axis, WHITE)
+    assert set(white[:, 0] // side) == {4, 5}, "the border of what is flagged lies around it"
     inside = canvas[side - 1 - (42 - 2), 4 * side + 22 - 2]
-    np.testing.assert_allclose(inside, overlay(np.float32([[0.9]]), np.float32([[8]]), 8)[0, 0], atol=1e-3)
+    np.testing.assert_allclose(inside, overlay(np.float32([[0.9]]), np.float32([[8]]), THRESHOLD)[0, 0], atol=1e-3)
     positions = {text.get_text(): text.get_position() for text in axis.texts}
     assert positions["L"] == pytest.approx((0.04 * side, side / 2))
     assert positions["R"] == pytest.approx((0.96 * side, side / 2))
@@ -233,13 +227,14 @@ def test_a_montage_has_the_nose_up_and_the_subjects_left_on_the_left():
 
 
 def test_a_montage_without_a_known_lesion_has_no_outline():
-    _, canvas = draw_canvas(make_prediction(lesion=False))
-    assert not (np.abs(canvas - to_rgb(SKY_BLUE)).max(axis=-1) < 1e-3).any()
+    axis, _ = draw_canvas(make_prediction(lesion=False))
+    assert not find_outlines(axis, SKY_BLUE)
+    assert len(find_outlines(axis, WHITE)) == 1
 
 
 def test_a_montage_shows_at_most_48_slices_spread_over_all():
     axis, canvas = draw_canvas(make_prediction(slices=100))
-    shown = [int(text.get_text()) - 50 for text in axis.texts if text.get_text().isdecimal()]
+    shown = [int(text.get_text().split(", k ")[1]) - 50 for text in axis.texts if ", k " in text.get_text()]
     assert len(shown) == 48
     assert (shown[0], shown[-1]) == (0, 99)
     assert set(np.diff(shown)) == {2, 3}
@@ -265,3 +260,16 @@ def test_as_many_panels_as_asked_for(panels, wanted, tmp_path):
     assert (tmp_path / "montages/abnormal/one.png").exists()
     found = sorted(path.name for path in (tmp_path / "error_maps/abnormal").iterdir())
     assert found == [f"one_slice_{index:03d}.png" for index in wanted]
+
+
+def test_regions_have_their_numbers_beside_them():
+    made = make_prediction()
+    made.anomaly[7, 30:33, 30:33] = 9.0
+    native = made.scan.geometry.restore(made.anomaly)
+    made = replace(made, native_map=native, regions=list_regions(native, made.affine, made.threshold, 0))
+    for i, wanted in ((4, {"1": (24, 42.5)}), (7, {"2": (33, 31)}), (0, {})):
+        axes = find_pictures(draw_panels(made, [i], "title"))
+        found = [{t.get_text(): t.get_position() for t in axis.texts if t.get_text().isdecimal()} for axis in axes]
+        assert found == [{}, {}, {}, wanted], "on the anomaly map, to the right of the region"
+    axis, _ = draw_canvas(made)
+    assert sorted(text.get_text() for text in axis.texts if text.get_text().isdecimal()) == ["1", "2"], "once each"

@@ -37,6 +37,8 @@ BAD = {
         [], None, [0, 300000000], [-1, 0], [3, 3, 4, 5, 6], [9, 8, 7, 6, 5], [7, 8, 9, 10, 22], ["7"], [7.0], [True],
         {"0": 1}, "78",
     ],
+    "unscored_share": [-0.1, 1.5, "0.1", True, float("nan")],
+    "unscored_lesions_ml": ["1", [-1], [float("inf")], ["1"], {"a": 1}],
     "lesion_voxels": [[1], "abc", [0, 1, 2, 3, -4], [0, 1, 2, 3, 4.0], [0, 1, 2, 3, 10**12], {"0": 1}],
 }  # fmt: skip
 
@@ -52,7 +54,7 @@ def test_a_good_record_is_given_back_as_it_is(tmp_path):
     assert read_record(write(tmp_path, more)) == more
 
 
-@pytest.mark.parametrize("known", ["session", "age", "sex", "lesion_voxels", "content"])
+@pytest.mark.parametrize("known", ["session", "age", "sex", "lesion_voxels", "unscored_share", "content"])
 def test_what_older_versions_did_not_write_may_be_missing(known, tmp_path):
     old = {key: value for key, value in RECORD.items() if key != known}
     assert read_record(write(tmp_path, old)) == old

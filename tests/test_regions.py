@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from evaluation.regions import list_regions
+from evaluation.regions import label_regions, list_regions
 
 AFFINE = np.array([[0, -2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])  # voxels of 0.012 ml
 
@@ -108,3 +108,14 @@ def test_the_middle_is_that_of_the_scored_brain():
     values[20, 1, 1] = 9
     (region,) = list_regions(values, np.eye(4), 5.0, 0.0)
     assert (region["x_mm"], region["side"]) == (20, "right")
+
+
+def test_regions_are_numbered_from_the_largest_on_and_know_where_they_are_highest():
+    anomaly = make_map((np.s_[4, 4, 4:6], 6), (np.s_[10:13, 10, 10], 7), (np.s_[6, 6, 6], 8))
+    anomaly[11, 10, 10] = 9
+    labels = label_regions(anomaly, 5)
+    assert [labels[place] for place in ((11, 10, 10), (4, 4, 5), (6, 6, 6), (0, 0, 0), (8, 8, 8))] == [1, 2, 3, 0, 0]
+    assert np.bincount(labels.ravel()).tolist() == [8000 - 6, 3, 2, 1]
+    largest = find(anomaly)[0]
+    peak = [largest[f"peak_{axis}_mm"] for axis in "xyz"]
+    np.testing.assert_allclose(peak, nib.affines.apply_affine(AFFINE, (11, 10, 10)))

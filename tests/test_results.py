@@ -39,7 +39,7 @@ def add_prediction(results: Results, name="one_T1w", label="abnormal", lesion=Tr
             maps=dict.fromkeys(DETECTORS, made.maps["score"]),
             slice_rows=[make_slice(label, name, 24, 5.0)],
             scan_row=row,
-            regions=[{"volume_ml": 1.0}],
+            regions=[{"volume_ml": 1.0, "peak_x_mm": 40.0, "peak_y_mm": 40.0, "peak_z_mm": 110.0}],
         )
     )
     return results
@@ -50,6 +50,7 @@ def test_a_prediction_is_kept_as_rows_and_counts():
     (row,), (region,), (lesion,) = results.scans, results.regions, results.lesions
     assert (row["scan"], row["score"]) == ("one_T1w", 5.0)
     assert (region["label"], region["scan"], region["volume_ml"]) == ("abnormal", "one_T1w", 1.0)
+    assert (region["number"], region["slice"]) == (1, 55)
     assert {key: lesion[key] for key in ("label", "scan", "subject", "kind")} == {
         "label": "abnormal",
         "scan": "one_T1w",
@@ -236,3 +237,16 @@ def test_a_scan_that_does_not_fit_the_calibration_is_counted_and_says_so():
     misfit = results.warnings["abnormal", "not"][1]
     assert "reconstructed 2.6 times as badly" in misfit
     assert "training/calibrate.py" in misfit
+
+
+def test_what_lies_outside_the_scored_slices_is_known_and_its_lesions_are_missed():
+    results = add_prediction(make_results(), "a_T1w", unscored_share=0.1, unscored_lesions_ml=(0.5, 0.04, 12.0))
+    add_prediction(results, "b_T1w", "normal", unscored_share=0.06, lesion=False)
+    assert results.describe_coverage() == {"unscored_share": 0.08, "scans": 2, "lesions": 2, "unrecorded": 0}
+    by = results.measure_lesions()["volume"]
+    assert [(group["group"], group["lesions"], group["not_scored"]) for group in by] == [
+        ("0.3–1 ml", 1, 1),
+        ("10 ml and more", 0, 1),
+    ], "those under 0.05 ml count nowhere"
+    old = add_prediction(make_results())
+    assert old.describe_coverage() == {"unscored_share": None, "scans": 0, "lesions": 0, "unrecorded": 1}

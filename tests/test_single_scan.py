@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,12 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
     all_volumes = [r["volume_ml"] for r in run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]]
     assert [volume for volume in all_volumes if volume >= 0.3] == volumes
     assert sum(all_volumes) == pytest.approx(mask.get_fdata().sum() * 0.064, rel=1e-3)
+    page = files["page"].read_text()
+    assert f"score {found['score']:.1f}, p {found['p_value']:.3f}" in page
+    assert page.count("data:image/webp") == 4, "its worst slices, its montage and the two pictures of the viewer"
+    assert 'id="volumes-scan-head_T1w"' in page
+    assert not re.search(r"(src|href)=.?(https?:)?//", page)
+    assert len(all_volumes) == len(re.findall(r"<td>(?:left|right|middle)</td>", page))
     assert plt.imread(files["picture"])[..., :3].std() > 0.05
     assert [one["score"] for one in found["slices"]] == sorted((one["score"] for one in found["slices"]), reverse=True)
 
@@ -264,7 +271,7 @@ def test_two_patients_with_one_file_name_keep_their_own_files(folder, capsys):
         scored = list_owners(folder / "out")
         assert list(scored) == names
         assert scored[names[0]].sum() > 1.2 * scored[names[1]].sum()
-    assert len(list((folder / "out").iterdir())) == 6
+    assert len(list((folder / "out").iterdir())) == 8
 
 
 def test_several_scans_of_one_name_at_once(folder, capsys):
@@ -363,3 +370,13 @@ def test_a_name_that_is_no_utf_8_goes_through(folder, capsys):
     (found,) = run_json(folder, capsys, scan=path.name)["scans"]
     assert Path(found["files"]["map"]).name == "M%FCller_anomaly.nii.gz"
     assert Path(found["files"]["picture"]).exists()
+
+
+def test_the_page_of_a_scan_says_what_speaks_against_it(folder):
+    scan = cut_scan(folder / "head_T1w.nii.gz", None, CutSettings(keep=0.7, size=32))
+    write_model(folder / "run/model.pt", seen=[scan.hashes[0]])
+    assert run_scan(folder) == 0
+    page = (folder / "out/head_T1w.html").read_text()
+    assert "the model was trained or calibrated on this scan" in page
+    assert "of the brain&#39;s voxels lie outside them" in page, "coverage"
+    assert '<h2 id="results">' not in page

@@ -60,7 +60,15 @@ def test_counts_in_words():
     assert describe_counts(make_metrics(0.2, lesions=0)) == words.replace(" with 7 lesions", "")
 
 
-@pytest.mark.parametrize(("figure", "text"), [(None, ""), (make_metric(0.25), "0.250 (0.150–0.350)")])
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (None, ""),
+        (make_metric(0.25), "0.250 (0.150–0.350)"),
+        ({"value": 1.0, "low": 1.0, "high": 1.0}, "1.000"),
+        ({"value": 0.5, "low": float("nan"), "high": float("nan")}, "0.500"),
+    ],
+)
 def test_a_metric_in_words(figure, text):
     assert format_figure(figure) == text
 

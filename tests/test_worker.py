@@ -14,7 +14,7 @@ from common.cli import DataError
 from preprocessing.images import read_image
 from preprocessing.scans import Scan
 from preprocessing.store import read_scan
-from preprocessing.worker import CutSettings, cut_scan, preprocess_scan
+from preprocessing.worker import CutSettings, cut_scan, list_unscored, preprocess_scan
 from tests.conftest import make_head, store
 
 SETTINGS = CutSettings(keep=0.7, size=32)
@@ -68,7 +68,21 @@ def test_a_scan_becomes_slices_a_lesion_and_a_record(scan):
     assert len(record["scale"]) == 3
     inside = [3 * (10 <= z < 13) for z in stored.indices]
     assert record["lesion_voxels"] == [16 * (10 <= z < 13) for z in stored.indices], "on the scan's own grid"
+    brain = nib.load(scan.brain_mask).get_fdata() > 0
+    assert record["unscored_share"] == pytest.approx(1 - brain[:, :, stored.indices].sum() / brain.sum())
+    assert 0.05 < record["unscored_share"] < 0.3
+    assert record["unscored_lesions_ml"] == []
     assert (stored.read_lesion().sum(axis=(1, 2)) > 0).tolist() == [count > 0 for count in inside]
+
+
+def test_lesions_wholly_outside_the_kept_slices_are_listed():
+    lesion = np.zeros((10, 10, 12), bool)
+    lesion[1:3, 1:3, 0:2] = True  # below, 8 voxels
+    lesion[1, 1, 3] = True  # a voxel away from it: the same lesion, and outside
+    lesion[6, 6, 3:6] = True  # reaches in
+    lesion[8, 1, 11] = True  # above
+    assert sorted(list_unscored(lesion, (5, 6, 7, 8), 0.5)) == [0.5, 4.5]
+    assert list_unscored(lesion, tuple(range(12)), 0.5) == ()
 
 
 def test_a_brain_is_200_mm_wide_and_a_head_256_unless_said_otherwise(scan, tmp_path):

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from common.cli import (
     list_flags,
     log,
     parse_flags,
+    read_commit,
     run_script,
     set_up_logging,
 )
@@ -51,7 +51,6 @@ from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
 from training.trainer import Trainer
 
-PROJECT = Path(__file__).resolve().parents[1]
 DEFAULTS = {"dae": {"width": 64, "steps": 36000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
 FROM_A_MODEL = {"steps": 4000, "lr": 3e-4}  # what it knows is to stay
 NO_STATE = "is not the state of a training run; delete it to train again"
@@ -100,15 +99,6 @@ def split_scans(data: Path, val_fraction: float, seed: int) -> dict[str, list[St
 def list_subjects(scans: list[StoredScan], by_folder: bool) -> list[str]:
     """The subjects' names, rising; behind that of their folder where there are several."""
     return sorted({f"{scan.folder.parents[2]}/{scan.subject}" if by_folder else scan.subject for scan in scans})
-
-
-def read_commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; "" outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def load_state(run: Path, config: dict) -> dict | None:

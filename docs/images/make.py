@@ -96,16 +96,11 @@ def photograph_report(browser, report: Path, out: Path) -> None:
     photograph(browser, 0, measure(browser, "section[aria-labelledby=results]")[1] + 8, out / "report_results.jpg")
     browser.execute_script("document.querySelector('#table .name').click()")
     # eager: a lazy picture below the window would never come
-    loaded = """return [...document.querySelectorAll('.detail:not([hidden]) img')]
+    loaded = """return [...document.querySelectorAll('.open img')]
         .map(image => { image.loading = 'eager'; return image.naturalWidth }).every(width => width > 0)"""
     wait.until(lambda _: browser.execute_script(loaded))
-    browser.execute_script("document.querySelector('.detail:not([hidden]) button.viewer').click()")
-    browser.switch_to.frame(wait.until(lambda _: browser.find_element("tag name", "iframe")))
-    drawn = """return [...document.querySelectorAll('canvas')].some(canvas => canvas.getContext('2d')
-        .getImageData(0, 0, canvas.width, canvas.height).data.some((value, i) => i % 4 < 3 && value))"""
-    wait.until(lambda _: browser.execute_script(drawn))
-    browser.switch_to.default_content()
-    top, bottom = measure(browser, "#scans")[0], measure(browser, ".detail:not([hidden])")[1]
+    wait.until(lambda _: browser.execute_script("return Object.values(viewers).every(viewer => viewer.scan)"))
+    top, bottom = measure(browser, "#table")[0], measure(browser, ".open")[1]
     photograph(browser, top - 8, bottom + 8, out / "report_scan.jpg")
 
 

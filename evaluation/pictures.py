@@ -1,0 +1,46 @@
+"""Pictures as data URLs, so that a page holds all that it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+QUALITY = 85
+
+
+def embed_picture(picture: Path | io.BytesIO) -> str:
+    """A picture as WebP: a quarter of the PNG, and no difference to see."""
+    packed = io.BytesIO()
+    Image.open(picture).convert("RGB").save(packed, "WEBP", quality=QUALITY)
+    return make_url("image/webp", packed.getvalue())
+
+
+def embed_figure(figure: plt.Figure) -> str:
+    """A matplotlib figure with pictures in it, as WebP; closes it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    plt.close(figure)
+    return embed_picture(drawn)
+
+
+def embed_vectors(figure: plt.Figure) -> str:
+    """A matplotlib figure as SVG; the same figure gives the same."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None})
+    return make_url("image/svg+xml", drawn.getvalue())
+
+
+def save_pdf(figure: plt.Figure) -> bytes:
+    """A matplotlib figure as the content of a PDF, for papers."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="pdf", dpi=300, metadata={"CreationDate": None})
+    return drawn.getvalue()
+
+
+def make_url(kind: str, content: bytes) -> str:
+    """The content of a file of that media type as a data URL."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
