@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML, paint_lesion
-from common.cli import DataError, HelpFormatter, bounded, run_script
+from common.cli import DataError, Parser, bounded, run_script
 from evaluation.metrics import VOLUME_BINS, VoxelCounts, list_lesions, measure_detectability, name_volume, rate
 from evaluation.predictor import Prediction, Predictor
 from evaluation.results import LESION_VOXELS
@@ -202,9 +202,7 @@ class Benchmark:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders of train.py")
     parser.add_argument("--sets", type=Path, required=True, help="folder of sets, slices of preprocess_oasis.py")
     parser.add_argument(

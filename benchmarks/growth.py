@@ -5,7 +5,6 @@ The scans are tiny copies of one. Prints a table of seconds and peak memory, and
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ if __name__ == "__main__":
 import nibabel as nib
 import numpy as np
 
-from common.cli import DataError, HelpFormatter, bounded, run_script
+from common.cli import DataError, Parser, bounded, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 LISTING = "import sys, preprocessing.store as s; scans = list(s.list_scans(s.Path(sys.argv[1])))"
@@ -95,9 +94,7 @@ def measure_growth(counts: list[int], folder: Path) -> dict[str, list[tuple[floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument(
         "--scans", type=bounded(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
     )

@@ -30,7 +30,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import DataError, HelpFormatter, run_script
+from common.cli import DataError, Parser, run_script
 from preprocessing.store import list_scans
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -208,9 +208,7 @@ def train_tiny(folder: Path) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument("--files", type=int, default=1000, help="mutated files")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
     parser.add_argument("--limit-s", type=float, default=20.0, help="seconds a file, above which a command hangs")

@@ -33,7 +33,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 
-from common.cli import DataError, HelpFormatter, bounded, run_script
+from common.cli import DataError, Parser, bounded, run_script
 from preprocessing.scans import TREE, Scan, explain_no_scans, search
 from preprocessing.worker import CutSettings, preprocess_scan
 
@@ -109,7 +109,7 @@ def measure(raw: Path, store: Path, number: int, repeats: int) -> dict[str, floa
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's flags, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--raw", type=Path, help="folder with train/, val/, test/; left out: a demo cohort is made")
     parser.add_argument("--scans", type=bounded(int, least=1), default=8, help="how many of them")
     parser.add_argument(

@@ -32,7 +32,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import MODELS, PlainTraining, choose_pair, map_one_by_one
-from common.cli import HelpFormatter, bounded, run_script
+from common.cli import Parser, bounded, run_script
 from common.device import PRECISIONS, choose_precision, keep_freed_memory
 from models.anomaly import map_anomalies, reconstruct
 from models.calibration import Calibration
@@ -266,9 +266,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     count = bounded(int, least=1)
     parser.add_argument("--rounds", type=count, default=5, help="of each loop, in turn; the median counts")
     parser.add_argument("--steps", type=count, default=6, help="optimiser steps a round")

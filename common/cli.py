@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,10 +115,27 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     return parser.parse_args([*_read_flags(parser, path, given), *given] if path else given)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Parser(argparse.ArgumentParser):
+    """A parser of flags in full, whose usage errors are one line with the flag that was probably meant."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with `message` on one line of standard error and the exit code 2."""
+        _, unknown, flag = message.partition("unrecognized arguments: --")
+        known = self._option_string_actions if unknown else ()
+        near = difflib.get_close_matches(f"--{re.split('[ =]', flag)[0]}", known, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, escape_controls(f"{self.prog}: {message}{meant} (--help lists the flags)") + "\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Names each default, but for flags that mean something of their own where left out; keeps an example's lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 

@@ -5,7 +5,6 @@ Reads the metrics.json of each evaluation folder; all must be of the same data.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -19,7 +18,7 @@ from common.interrupts import stop_in_one_line
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
-from common.cli import DataError, HelpFormatter, log, run_script, set_up_logging
+from common.cli import DataError, Parser, log, run_script, set_up_logging
 from common.files import read_json
 from evaluation.table import format_latex, format_markdown
 
@@ -54,9 +53,7 @@ def name_runs(metrics: dict[Path, dict]) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument("evaluations", type=Path, nargs="+", help="evaluation folders of evaluate.py")
     parser.add_argument("--latex", action="store_true", help="a LaTeX tabular instead of Markdown")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from common.interrupts import stop_in_one_line
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
-from common.cli import HelpFormatter, bounded, list_flags, log, parse_flags, run_script, set_up_logging
+from common.cli import Parser, bounded, list_flags, log, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from evaluation.predictor import Predictor
 from evaluation.single_scan import ScanFiles, predict_files
@@ -37,9 +37,7 @@ EXAMPLE = """examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument("--run", type=Path, help="run folder of train.py; left out: the model that ships")
     stores = "slices: normal/, abnormal/, unlabelled/"
     parser.add_argument("--data", type=Path, default=Path("Dataset/processed/test"), help=stores)
@@ -111,6 +109,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """End the script as wrong usage does where flags do not go together."""
     if args.brain_mask and len(args.brain_mask) != len(args.scan or ()):
         parser.error("--brain-mask takes one mask for each --scan")
+    if args.scan and args.bids:
+        parser.error("--bids is for --data; --scan leaves plain maps")
     for path in args.scan or ():
         if not path.name.lower().endswith(ENDINGS) and not path.is_dir():
             takes = f"{', '.join(ENDINGS)} and folders of a DICOM series"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -18,6 +19,12 @@ from evaluation.predictor import Prediction
 from preprocessing.store import LoadedScan
 
 BIDS_VERSION = "1.10.0"
+BIDS_README = """# Anomaly maps of brain scans
+
+`*_desc-anomaly_statmap.nii.gz` shows how unlike healthy tissue each voxel is, in times the scan's median; NaN was not
+scored. `*_desc-anomaly_mask.nii.gz` holds the voxels at or above the calibrated threshold. Both lie on the scan's own
+grid. Not a medical device: nothing here is for diagnosis.
+"""
 
 
 def write_maps(stem: Path, prediction: Prediction) -> None:
@@ -99,11 +106,15 @@ def name_bids(scans: list[tuple[str, str | None]]) -> list[str]:
     return names
 
 
-def write_bids_maps(folder: Path, name: str, prediction: Prediction) -> None:
-    """The two maps of a scan in a BIDS derivative, each with its JSON sidecar; `name` is of `name_bids`."""
+def write_bids_maps(folder: Path, name: str, prediction: Prediction, raw: Path) -> None:
+    """The two maps of a scan in a BIDS derivative, each with its JSON sidecar.
+
+    name  of `name_bids`; raw: the folder that `write_bids_description` was given
+    """
     stem, row = folder / name, prediction.scan_row
     make_folder(stem.parent, folder)
-    common = {"SpatialReference": "orig", "Sources": [prediction.scan.source], "Label": prediction.scan.label}
+    source = Path(os.path.relpath(prediction.scan.source, raw)).as_posix()
+    common = {"SpatialReference": "orig", "Sources": [f"bids:raw:{source}"], "Label": prediction.scan.label}
     common |= {"Score": row["score"], "PValue": row["p_value"]}
     for ending, is_mask, about, more in (
         ("desc-anomaly_statmap", False, "Anomaly map; NaN where nothing was scored",
@@ -117,17 +128,25 @@ def write_bids_maps(folder: Path, name: str, prediction: Prediction) -> None:
         write_atomically(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar.encode())
 
 
-def write_bids_description(folder: Path, data: str, model: str) -> None:
-    """dataset_description.json of a derivative made from the scans in `data` by the model with that hash."""
+def write_bids_description(folder: Path, raw: Path, model: str) -> None:
+    """What a derivative says of itself: made from the scans in the folder `raw` by the model with that hash.
+
+    BIDS has no suffix for maps of a single scan in anat/ yet, so .bidsignore names them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    uri = raw.absolute().as_uri()
     description = {
         "Name": "Anomaly maps of brain scans",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": "brain-anomaly-autoencoder", "Description": f"model.pt with SHA-256 {model}"}],
-        "SourceDatasets": [{"URL": data}],
+        "Authors": ["brain-anomaly-autoencoder", "those of the source data"],
+        "SourceDatasets": [{"URL": uri}],
+        "DatasetLinks": {"raw": uri},
     }
-    write_atomically(folder / "dataset_description.json", json.dumps(description, indent=1).encode())
+    texts = {"dataset_description.json": json.dumps(description, indent=1), "README.md": BIDS_README}
+    for name, text in (texts | {".bidsignore": "*_statmap.nii.gz\n*_statmap.json\n"}).items():
+        write_atomically(folder / name, text.encode())
 
 
 def _keep_letters(name: str) -> str:

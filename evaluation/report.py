@@ -45,6 +45,7 @@ SCAN_FILES = {
     "mask": "the voxels at or above the threshold",
     "brain": "the brain that was extracted",
     "picture": "the worst slices",
+    "record": "verdict, score, p-value and regions, for programs",
 }
 
 
@@ -82,8 +83,8 @@ def write_scan_report(
 ) -> None:
     """Write the same page of one scan, without the figures of a test set.
 
-    beside  (what to know before trusting the scan; {"map", "mask", "brain", "picture", "page": names of files in
-            `out`}): all but the page are there already
+    beside  (what to know before trusting the scan; {"map", "mask", "brain", "picture", "page", "record": names of
+            files in `out`}): all but page and record are there already
     """
     (warnings, files), row, results = beside, prediction.scan_row, Results({})
     results.add(prediction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.cli import DataError, explain, log
-from common.files import replace_when_whole, write_figure
+from common.files import replace_when_whole, write_atomically, write_figure
 from evaluation.input_check import explain_misfit, find_mismatches, is_seen
 from evaluation.nifti import name_owner, read_owner, write_maps
 from evaluation.panels import draw_panels
@@ -36,6 +37,7 @@ FILES = {  # what is left of a scan: endings
     "brain": "_brain.nii.gz",
     "picture": ".png",
     "page": ".html",
+    "record": ".json",
 }
 SEEN = "the model was trained or calibrated on this scan, so its score means nothing"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other scans would fail too
@@ -122,7 +124,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
     log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
     log.info("  %s in %s", ", ".join(files.values()), scans.out)
-    return {
+    record = {
         "file": str(path),
         "verdict": verdict,
         "score": row["score"],
@@ -133,6 +135,8 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
         "slices": [{key: prediction.slice_rows[i][key] for key in ("slice", "score")} for i in shown],
         "files": {what: str(scans.out / name) for what, name in files.items()},
     }
+    write_atomically(scans.out / files["record"], json.dumps(record, indent=1).encode())
+    return record
 
 
 def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], predictor: Predictor) -> None:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,8 @@ BEGUN = ".evaluation.json"  # the settings of an unfinished evaluation
 CURE = "give another --out, or delete it if it belongs to an evaluation"
 OWN = (  # files of an evaluation that the next one may not overwrite
     "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
-    "bids/dataset_description.json", "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
+    "bids/dataset_description.json", "bids/README.md", "bids/.bidsignore",
+    "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
     *(f"{name}.{kind}" for name in ("curves_*", "histograms_*", "scores_*", "dice", "detectability", "calibration",
       "age") for kind in ("pdf", "png")), "report.html",
 )  # fmt: skip
@@ -224,15 +226,16 @@ def predict_scans(
         make_folder(out / "maps" / label, out)
     if test_set.bids:
         make_folder(out / "bids", out)
-        write_bids_description(out / "bids", str(test_set.data), model)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
+        raw = Path(os.path.commonpath([Path(scan.record["source"]).absolute().parent for scan in scans]))
+        write_bids_description(out / "bids", raw, model)
     for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
         try:
             prediction = predictor.predict(stored.load())
             if test_set.maps:
                 write_maps(out / "maps" / stored.label / stored.name, prediction)
             if test_set.bids:
-                write_bids_maps(out / "bids", bids_names[number], prediction)
+                write_bids_maps(out / "bids", bids_names[number], prediction, raw)
             draw_scan(out, prediction, test_set.panels)
         except (DataError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:

@@ -26,7 +26,7 @@ from joblib import Parallel, delayed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
-from common.cli import SEED, DataError, HelpFormatter, bounded, log, run_script, set_up_logging
+from common.cli import SEED, DataError, Parser, bounded, log, run_script, set_up_logging
 from common.files import replace_when_whole, write_atomically
 from preprocessing.simulator import KINDS, Template, load_template, simulate_scan
 
@@ -169,9 +169,7 @@ def make_cohort(raw: Path, settings: CohortSettings, workers: int = 1) -> tuple[
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's flags, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--raw", type=Path, default=Path("Dataset/demo"), help="folder the scans go to")
     scans = bounded(int, least=0)
     parser.add_argument("--train", type=scans, default=24, help="healthy scans to train on")

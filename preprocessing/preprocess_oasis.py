@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common.cli import (
     SEED,
     DataError,
-    HelpFormatter,
+    Parser,
     bounded,
     explain,
     list_flags,
@@ -288,9 +288,7 @@ def _write_record(processed: Path, record: dict) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's flags, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--raw", type=Path, default=Path("Dataset"), help="folder with the scans")
     parser.add_argument("--processed", type=Path, default=Path("Dataset/processed"), help="folder the slices go to")
     parser.add_argument("--layout", choices=[*LAYOUTS], help="how the folder is laid out; left out: what fits best")

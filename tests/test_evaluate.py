@@ -150,7 +150,9 @@ def test_regions_and_maps_agree(evaluation, processed):
         np.testing.assert_array_equal(nib.load(bids).get_fdata(), anomaly)
         sidecar = json.loads(bids.with_name(bids.name.replace(".nii.gz", ".json")).read_text())
         row = next(r for r in read_rows(out / "scans.csv") if (r["label"], r["scan"]) == (scan.label, scan.name))
-        assert sidecar["Sources"] == [scan.record["source"]]
+        link = json.loads((out / "bids/dataset_description.json").read_text())["DatasetLinks"]["raw"]
+        (uri,) = sidecar["Sources"]
+        assert uri.replace("bids:raw:", f"{link}/") == Path(scan.record["source"]).absolute().as_uri()
         assert sidecar["Label"] == scan.label
         assert sidecar["Score"] == pytest.approx(float(row["score"]), rel=1e-5)
         assert sidecar["PValue"] == pytest.approx(float(row["p_value"]), rel=1e-5)

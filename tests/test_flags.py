@@ -37,7 +37,17 @@ def test_wrong_usage_ends_with_2(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(flags)
     assert stop.value.code == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("--lab", "--label"), ("--worker=3", "--workers"), ("--moddality", "--modality")]
+)
+def test_a_misspelled_flag_names_the_one_that_was_meant(given, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse([given, "normal"])
+    assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_defaults_and_limits_of_flags():

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -77,18 +80,29 @@ def test_bids_names_are_valid_and_unlike():
 
 
 def test_a_bids_derivative_describes_itself(tmp_path):
-    write_bids_description(tmp_path / "bids", "Dataset/test", "abc123")
+    write_bids_description(tmp_path / "bids", tmp_path / "raw", "abc123")
     description = json.loads((tmp_path / "bids/dataset_description.json").read_text())
     assert description["DatasetType"] == "derivative"
     assert description["BIDSVersion"] == "1.10.0"
     assert description["Name"]
     assert "abc123" in description["GeneratedBy"][0]["Description"]
     assert description["GeneratedBy"][0]["Name"] == "brain-anomaly-autoencoder"
-    assert description["SourceDatasets"] == [{"URL": "Dataset/test"}]
+    uri = (tmp_path / "raw").as_uri()
+    assert (description["SourceDatasets"], description["DatasetLinks"]) == ([{"URL": uri}], {"raw": uri})
+
+
+@pytest.mark.skipif(not shutil.which("bids-validator-deno"), reason="no BIDS validator is installed")
+def test_the_bids_validator_finds_no_error(tmp_path):
+    write_bids_description(tmp_path, tmp_path, "abc123")
+    for name in ("sub-a/anat/sub-a", "sub-b/ses-1/anat/sub-b_ses-1_run-2"):
+        write_bids_maps(tmp_path, name, predict_map(), Path("raw"))
+    found = subprocess.run(["bids-validator-deno", tmp_path, "--json"], capture_output=True, text=True, check=False)
+    issues = json.loads(found.stdout)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
 
 
 def test_bids_maps_have_sidecars(tmp_path):
-    write_bids_maps(tmp_path, "sub-a/anat/sub-a", predict_map())
+    write_bids_maps(tmp_path, "sub-a/anat/sub-a", predict_map(), Path("raw"))
     folder = tmp_path / "sub-a/anat"
     stems = ["sub-a_desc-anomaly_mask", "sub-a_desc-anomaly_statmap"]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -102,7 +116,7 @@ def test_bids_maps_have_sidecars(tmp_path):
     mask, statmap = (json.loads((folder / f"{stem}.json").read_text()) for stem in stems)
     for sidecar in (mask, statmap):
         assert sidecar["SpatialReference"] == "orig"
-        assert (sidecar["Sources"], sidecar["Label"]) == (["raw/one.nii.gz"], "abnormal")
+        assert (sidecar["Sources"], sidecar["Label"]) == (["bids:raw:one.nii.gz"], "abnormal")
         assert (sidecar["Score"], sidecar["PValue"]) == (5.0, 0.1)
         assert sidecar["Description"]
     assert (mask["Type"], mask["Threshold"]) == ("Lesion", 3.0)

@@ -78,11 +78,9 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
     assert found["threshold"] == 1.5
     files = {what: Path(path) for what, path in found["files"].items()}
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(path.name for path in files.values())
-    assert [files[what].name for what in ("map", "mask", "picture")] == [
-        "head_T1w_anomaly.nii.gz",
-        "head_T1w_mask.nii.gz",
-        "head_T1w.png",
-    ]
+    endings = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png", "page": ".html", "record": ".json"}
+    assert {what: path.name for what, path in files.items()} == {k: f"head_T1w{end}" for k, end in endings.items()}
+    assert json.loads(files["record"].read_text()) == found
     anomaly, mask = (nib.load(files[what]) for what in ("map", "mask"))
     np.testing.assert_allclose(anomaly.affine, make_head().affine, atol=1e-4)
     assert anomaly.shape == make_head().shape

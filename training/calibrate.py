@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-from common.cli import DataError, HelpFormatter, bounded, log, parse_flags, run_script, set_up_logging
+from common.cli import DataError, Parser, bounded, log, parse_flags, run_script, set_up_logging
 from common.device import add_device_flag, choose_device, keep_freed_memory
 from common.files import hold_folder
 from models.calibration import count_needed_scans
@@ -79,9 +79,7 @@ def calibrate(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument(
         "--run", type=Path, default=PRETRAINED, help="run folder of train.py; left out: the model that ships"
     )

@@ -31,7 +31,7 @@ from common import distributed
 from common.cli import (
     SEED,
     DataError,
-    HelpFormatter,
+    Parser,
     bounded,
     explain,
     list_flags,
@@ -214,9 +214,7 @@ def start(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EXAMPLE)
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[Path("Dataset/processed")], metavar="FOLDER",
         help="slices of preprocess_oasis.py; a folder for each scanner, which are drawn from equally often",
