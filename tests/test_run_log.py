@@ -68,10 +68,13 @@ def figures(monkeypatch) -> list:
 def test_curves_are_the_losses_over_the_steps(tmp_path, figures):
     draw_curves(tmp_path / "curves.png", ROWS)
     lines = figures[0].axes[0].get_lines()
-    assert [line.get_label() for line in lines] == ["training", "validation"]
-    for line, name in zip(lines, ("train_loss", "val_loss"), strict=True):
+    assert [line.get_label() for line in lines] == ["training", "validation", "best: step 30, 0.0833"]
+    assert lines[2].get_xdata() == [30, 30]
+    for line, name in zip(lines, ("train_loss", "val_loss"), strict=False):
         np.testing.assert_allclose(line.get_xydata(), [(row["step"], row[name]) for row in ROWS])
     assert figures[0].axes[0].get_yscale() == "log"
+    (rate,) = figures[0].axes[1].get_lines()
+    np.testing.assert_allclose(rate.get_xydata(), [(row["step"], row["learning_rate"]) for row in ROWS])
 
 
 def test_reconstructions_are_drawn_from_black_to_white(tmp_path, figures):
@@ -84,3 +87,15 @@ def test_reconstructions_are_drawn_from_black_to_white(tmp_path, figures):
         np.testing.assert_array_equal(image.get_array(), values)
         assert image.get_clim() == (0, 1)
         assert image.origin == "lower"
+
+
+def test_what_was_corrupted_is_outlined_in_all_rows_but_the_first(tmp_path, figures):
+    healthy = np.full((2, 32, 32), 0.5)
+    corrupted = healthy.copy()
+    corrupted[1, 8:24, 8:24] = 0.9
+    draw_reconstructions(tmp_path / "a.png", {"healthy slice": healthy, "corrupted": corrupted, "error x 4": healthy})
+    outlined = [bool(axis.collections) for axis in figures[0].axes]
+    assert outlined == [False, False, False, True, False, True]
+    (outline,) = figures[0].axes[3].collections
+    (path,) = outline.get_paths()
+    np.testing.assert_allclose(path.get_extents().extents, [6.5, 6.5, 24.5, 24.5], atol=1.5)

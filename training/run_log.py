@@ -9,10 +9,13 @@ import matplotlib
 matplotlib.use("Agg")  # files only; scripts run where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
+from scipy import ndimage
 from torch.utils.tensorboard import SummaryWriter
 
 from common.files import make_folder, write_figure, write_table
 
+CHANGED = 0.08  # by more than this a place is outlined as corrupted
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "slices_per_s")
 
 
@@ -55,24 +58,37 @@ def write_log(run: Path, rows: list[dict]) -> None:
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
-    """Training and validation loss over the steps."""
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    """Training and validation loss and the learning rate over the steps, and the step of the lowest validation loss."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
     steps = [row["step"] for row in rows]
     axis.plot(steps, [row["train_loss"] for row in rows], label="training", marker=".")
     axis.plot(steps, [row["val_loss"] for row in rows], label="validation", marker=".")
+    best = min(rows, key=lambda row: row["val_loss"])
+    axis.axvline(best["step"], color="grey", linestyle=":", label=f"best: step {best['step']}, {best['val_loss']:.3g}")
     axis.set(xlabel="optimiser step", ylabel="loss (MSE in the brain)", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
+    rate = axis.twinx()
+    rate.plot(steps, [row["learning_rate"] for row in rows], color="grey", linewidth=0.8)
+    rate.set(ylabel="learning rate (grey)", ylim=(0, None))
     write_figure(path, figure)
 
 
 def draw_reconstructions(path: Path, pictures: dict[str, np.ndarray]) -> None:
-    """A row of slices in [0, 1] for each title, {title: (n, H, W)}."""
+    """A row of slices in [0, 1] a title, {title: (n, H, W)}; outlined where the second differs from the first."""
     count = max(map(len, pictures.values()))
     figure, axes = plt.subplots(len(pictures), count, figsize=(1.6 * count, 1.7 * len(pictures)), layout="constrained")
-    for line, (title, slices) in zip(axes, pictures.items(), strict=True):
-        for axis, values in zip(line, slices, strict=True):
-            axis.imshow(values, cmap="gray", origin="lower", vmin=0, vmax=1)
+    healthy, corrupted, *_ = pictures.values()
+    changed = np.abs(ndimage.gaussian_filter(corrupted - healthy, (0, 2, 2))) > CHANGED  # not pixel by pixel
+    for row, (line, (title, slices)) in enumerate(zip(axes, pictures.items(), strict=True)):
+        colours = "inferno" if title.startswith("error") else "gray"
+        for number, (axis, values) in enumerate(zip(line, slices, strict=True)):
+            axis.imshow(values, cmap=colours, origin="lower", vmin=0, vmax=1)
+            if row and changed[number].any():
+                axis.contour(changed[number], levels=[0.5], colors="deepskyblue", linewidths=0.6)
             axis.axis("off")
         line[0].set_title(title, loc="left", fontsize=9)
     write_figure(path, figure)

@@ -126,7 +126,8 @@ class Trainer:
         starts = range(0, count, size)[distributed.rank() :: distributed.world_size()]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = self.validation.read_batches(range(start, min(start + size, count)) for start in starts)
-        for start, clean in zip(starts, batches, strict=True):
+        bar = tqdm(starts, desc="validating", unit="batch", leave=False, disable=self.hide_bars)
+        for start, clean in zip(bar, batches, strict=True):
             source, target = make_pair(clean, self.model.corrupted, seed_generator(self.device, 0, start))
             squares, pixels = sum_squares(self.forward(self.model, source), target)
             total += squares / pixels * len(clean)
