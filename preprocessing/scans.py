@@ -21,6 +21,7 @@ from preprocessing.vocabulary import ENDINGS
 if TYPE_CHECKING:
     from preprocessing.dicom import Listing, Series
 
+EXAMPLE = os.path.realpath(Path(__file__).resolve().parents[1] / "Dataset" / "example")  # scans to try
 SPLITS = ("train", "val", "test")
 MODALITIES = ("t1", "t2", "flair", "t1ce")
 DIAGNOSES = ("normal", "abnormal")
@@ -136,6 +137,7 @@ def walk(
     """
     is_wanted = is_wanted or (lambda name: name.lower().endswith(ENDINGS))
     seen = {os.path.realpath(besides)} if besides else set()
+    seen |= {EXAMPLE} - {os.path.realpath(folder)}  # it lies in the default --raw, and is nobody's data
     files, passed_over, closed = [], [], []
 
     def note(error: OSError) -> None:

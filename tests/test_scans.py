@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import DataError
+from preprocessing import scans
 from preprocessing.scans import TREE, explain_no_scans, list_volumes, name_scan, search, walk
 
 
@@ -146,6 +147,14 @@ def test_image_files_are_listed_once_whatever_leads_to_them(tmp_path):
 def test_the_slice_store_inside_the_folder_is_left_alone(tmp_path):
     touch(tmp_path / "a.nii", tmp_path / "processed/train/normal/b.nii")
     assert [scan.name for scan in search(tmp_path, "folder", besides=tmp_path / "processed").scans] == ["a"]
+
+
+def test_the_scans_to_try_are_nobodys_data(tmp_path, monkeypatch):
+    assert len(list_volumes(Path(scans.EXAMPLE))) == 3, "two scans and a mask"
+    monkeypatch.setattr(scans, "EXAMPLE", os.path.realpath(tmp_path / "Dataset/example"))
+    touch(tmp_path / "Dataset/a_T1w.nii.gz", tmp_path / "Dataset/example/b_T1w.nii.gz")
+    assert [path.name for path in list_volumes(tmp_path / "Dataset")] == ["a_T1w.nii.gz"]
+    assert [path.name for path in list_volumes(tmp_path / "Dataset/example")] == ["b_T1w.nii.gz"]
 
 
 def test_no_scans_is_one_line_with_the_cure(tmp_path):
