@@ -107,6 +107,7 @@ function listScans(table) {
     name.addEventListener("click", event => {
       event.preventDefault();
       details.open = !details.open;
+      tell(); // the event comes later
       if (details.open) history.replaceState(null, "", name.getAttribute("href"));
     });
     name.addEventListener("keydown", event => { if (event.key === " ") { event.preventDefault(); name.click(); } });

@@ -100,12 +100,10 @@ def encode_anomaly(anomaly: np.ndarray, threshold: float) -> np.ndarray:
 
     What is at or above the threshold has a code of at least 2 - LEAST_DOUBLINGS * CODES_PER_DOUBLING, and nothing else.
     """
-    at_least = anomaly >= threshold
     doublings = np.log2(np.maximum(np.nan_to_num(anomaly), 1e-9) / threshold)
     border = 2 - LEAST_DOUBLINGS * CODES_PER_DOUBLING
-    codes = np.floor(doublings * CODES_PER_DOUBLING) + border
-    codes = np.where(at_least, np.clip(codes, border, 255), np.clip(codes, 1, border - 1))
-    return np.where(np.isfinite(anomaly), codes, 0)
+    codes = np.floor(doublings * CODES_PER_DOUBLING) + border  # in this order: the threshold's doublings are 0 exactly
+    return np.where(np.isfinite(anomaly), np.clip(codes, 1, 255), 0)
 
 
 def lay_out(volume: np.ndarray) -> np.ndarray:

@@ -117,6 +117,10 @@ def test_the_viewer_moves_by_mouse_and_keys_and_says_where_it_is(page):
     assert start.startswith(f"x {x}, y {y}, z {z} mm")
     assert packed["slices"][place].split(", ")[1] in start
     assert "times the threshold" in start
+    here = f"const v = viewers['{anchor}']; return v.code[v.locate(PLANES[0], v.voxel[0], v.voxel[1])]"
+    assert page.execute_script(here) == page.execute_script(f"return Math.max(...viewers['{anchor}'].code)"), (
+        "it opens at the highest anomaly, so it has unpacked the volumes the right way round"
+    )
     axial = find(page, ".open canvas")
     axial.click()
     assert read_values(page) != start
@@ -156,10 +160,26 @@ def test_the_viewer_shows_what_is_asked_for(page):
     assert "1.0 times the threshold" in find(page, ".open output").text
 
 
+def test_the_subjects_left_is_on_the_left_unless_radiologists_ask_otherwise(page):
+    from selenium.webdriver import ActionChains
+
+    anchor = open_viewer(page)
+    axial = find(page, ".open canvas")
+    to_the_left = -axial.size["width"] // 4
+    sides = []
+    for _ in range(2):
+        ActionChains(page).move_to_element_with_offset(axial, to_the_left, 0).click().perform()
+        sides.append(page.execute_script(f"const v = viewers['{anchor}']; return v.voxel[0] / v.wide"))
+        axial.send_keys("r")
+    assert sides[0] < 0.4 < 0.6 < sides[1]
+    assert page.execute_script(f"return viewers['{anchor}'].packed.affine[0][0]") > 0, "columns run to the right"
+
+
 def test_a_click_on_a_region_moves_the_viewer_there(page):
     anchor = open_viewer(page)
     regions = page.execute_script(f"return viewers['{anchor}'].packed.regions")
     assert regions
+    page.execute_script(f"viewers['{anchor}'].move([0, 0, 0])")
     row = page.find_elements("css selector", ".open .regions tbody tr")[-1]
     row.click()
     wait_for(page, f"return viewers['{anchor}'].region === {regions[-1]['number']}")

@@ -250,3 +250,13 @@ def test_what_lies_outside_the_scored_slices_is_known_and_its_lesions_are_missed
     ], "those under 0.05 ml count nowhere"
     old = add_prediction(make_results())
     assert old.describe_coverage() == {"unscored_share": None, "scans": 0, "lesions": 0, "unrecorded": 1}
+
+
+def test_unlabelled_scans_are_counted_and_flagged_but_measure_nothing():
+    results, labelled = make_measured(), make_measured()
+    results.scans.append(make_scan_row("unlabelled", "u", 99.0, lesion_known=False, flagged=True))
+    results.slices.append(make_slice("unlabelled", "u", 0, 99.0))
+    assert results.measure(3.0, quiet=True) == labelled.measure(3.0, quiet=True)
+    assert results.count()["unlabelled"] == 1
+    assert results.name_unknown() == []
+    assert results.count_flagged()["unlabelled"]["flagged"] == 1

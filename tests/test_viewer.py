@@ -45,6 +45,9 @@ def test_codes_tell_what_is_above_the_threshold_exactly_and_all_else_to_three_pe
     assert codes[[0, 1, 2]].tolist() == [0, 1, 1]
     assert codes[3] == BORDER - 1
     assert codes[[4, 6, 7, 8]].tolist() == [BORDER, BORDER + CODES_PER_DOUBLING, BORDER + 4 * CODES_PER_DOUBLING, 255]
+    for threshold in np.random.default_rng(0).uniform(1, 20, 500):
+        around = np.float32([threshold, np.nextafter(np.float32(threshold), np.float32(0))])
+        np.testing.assert_array_equal(encode_anomaly(around, threshold) >= BORDER, around >= threshold)
     values = np.geomspace(0.6, 500, 1000)
     decoded = 4 * 2 ** ((encode_anomaly(values, 4.0) + 0.5 - 2) / CODES_PER_DOUBLING + LEAST_DOUBLINGS)
     np.testing.assert_allclose(decoded, values, rtol=0.03)
