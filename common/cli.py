@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions if unknown else ()
         near = difflib.get_close_matches(f"--{re.split('[ =]', flag)[0]}", known, 1, 0.5)
         meant = f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, escape_controls(f"{self.prog}: {message}{meant} (--help lists the flags)") + "\n")
+        self.exit(2, escape_controls(f"{self.prog}: error: {message}{meant} (--help lists the flags)") + "\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -267,7 +267,7 @@ def test_two_patients_with_one_file_name_keep_their_own_files(folder, capsys):
         scored = list_owners(folder / "out")
         assert list(scored) == names
         assert scored[names[0]].sum() > 1.2 * scored[names[1]].sum()
-    assert len(list((folder / "out").iterdir())) == 8
+    assert len(list((folder / "out").iterdir())) == 10
 
 
 def test_several_scans_of_one_name_at_once(folder, capsys):
