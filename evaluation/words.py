@@ -92,7 +92,7 @@ def describe_coverage(coverage: dict) -> str:
         words += "; how much of the brain lies outside them was not recorded when these scans were sliced"
     else:
         words += f"; {100 * coverage['unscored_share']:.1f} % of the brain's voxels lie outside them"
-        words += f" (mean of {coverage['scans']} scans)"
+        words += f" (mean of {coverage['scans']} scans)" * (coverage["scans"] > 1)
     if coverage["lesions"]:
         words += f", and so do {coverage['lesions']} lesions, which count as missed in a column of their own"
     if coverage["unrecorded"]:
