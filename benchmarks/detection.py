@@ -42,8 +42,7 @@ from evaluation.test_set import read_kinds
 from models.checkpoint import load_checkpoint, save_checkpoint
 from preprocessing.layouts import CONTRAST
 from preprocessing.store import LoadedScan, StoredScan, list_scans
-from preprocessing.subjects import key_subject
-from training.adaptation import STEPS, adapt
+from training.adaptation import STEPS, adapt, halve
 
 FIGURES = ("voxel_ap", "scan_ap", "best_dice", "dice", "slice_auroc", "scan_auroc")
 RATES = (0.05, 0.1)  # false-positive rates asked for
@@ -64,7 +63,7 @@ def read_sets(folder: Path, copies: int, test: bool) -> Iterator[tuple[str, list
         healthy = list(list_scans(place / "val" / "normal"))
         tested = [scan.load() for scan in list_scans(place / "test")] if test or not healthy else []
         if healthy:
-            yield f"{place.name} dev", halve(healthy, copies)
+            yield f"{place.name} dev", pair_halves(healthy, copies)
         if tested:
             yield f"{place.name} test", [Part(tested, healthy)]
 
@@ -76,16 +75,16 @@ def shrink_brain(scan: LoadedScan) -> LoadedScan:
     return replace(scan, stack=np.where(brain, scan.stack, 0), lesion=lesion)
 
 
-def halve(healthy: list[StoredScan], copies: int) -> list[Part]:
+def pair_halves(healthy: list[StoredScan], copies: int) -> list[Part]:
     """Two parts, all scans of a subject in one: each half with its painted copies, and the other to calibrate on."""
-    subjects = sorted({key_subject(scan.subject) for scan in healthy})
-    second = set(subjects[1::2])
-    halves, painted = ([], []), ([], [])
-    for number, scan in enumerate(healthy):
-        side = key_subject(scan.subject) in second
-        halves[side].append(scan)
-        painted[side].extend([loaded := scan.load(), *paint(loaded, number, copies)])
-    return [Part(painted[side], halves[1 - side]) for side in (0, 1)]
+    halves, numbers = halve(healthy), {scan.folder: number for number, scan in enumerate(healthy)}
+    parts = []
+    for half, other in (halves, halves[::-1]):
+        scans = []
+        for stored in half:
+            scans += [loaded := stored.load(), *paint(loaded, numbers[stored.folder], copies)]
+        parts.append(Part(scans, other))
+    return parts
 
 
 def paint(scan: LoadedScan, number: int, copies: int) -> list[LoadedScan]:

@@ -38,7 +38,7 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype:
-    """The precision of that name; float32 where this CPU can only imitate bf16, which takes ten times as long."""
+    """The precision of that name; float32 where this CPU can only imitate bf16, which is slow."""
     imitated = device.type == "cpu" and not (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

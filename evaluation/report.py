@@ -79,14 +79,15 @@ def write_report(
 
 
 def write_scan_report(
-    out: Path, prediction: Prediction, predictor: Predictor, beside: tuple[list[str], dict[str, str]]
+    out: Path, prediction: Prediction, predictor: Predictor, verdict: str, warnings: list[str], files: dict[str, str]
 ) -> None:
     """Write the same page of one scan, without the figures of a test set.
 
-    beside  (what to know before trusting the scan; {"map", "mask", "brain", "picture", "page", "record": names of
-            files in `out`}): all but page and record are there already
+    verdict   as it is printed
+    warnings  what to know before trusting the scan
+    files     {"map", "mask", "brain", "picture", "page", "record": names in `out`}; all but page and record are there
     """
-    (warnings, files), row, results = beside, prediction.scan_row, Results({})
+    row, results = prediction.scan_row, Results({})
     results.add(prediction)
     results.warnings = {(row["label"], row["scan"]): warnings}
     calibration = {"normal_scans": predictor.calibration.normal_scans, "voxel_threshold": prediction.threshold}
@@ -106,7 +107,7 @@ def write_scan_report(
     scans = describe_scans(out, [row], results, pictures)
     page = {
         "title": prediction.scan.name,
-        "summary": summarise_scan(prediction, predictor.false_positive_rate),
+        "summary": summarise_scan(prediction, verdict, predictor.false_positive_rate),
         "about": [f"Scan: {prediction.scan.source}."],
         "terms": explain_terms(content),
         "scans": scans,

@@ -23,6 +23,7 @@ from evaluation.predictor import Prediction, Predictor
 from evaluation.regions import COMMON
 from evaluation.report import write_scan_report
 from evaluation.test_set import explain_no_flag
+from evaluation.words import count_regions
 from preprocessing.dicom import open_scan
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan
@@ -117,12 +118,13 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
     write_figure(scans.out / f"{scan.name}.png", draw_panels(prediction, shown, title))
     if scan.stripped:
         with replace_when_whole(scans.out / f"{scan.name}{FILES['brain']}") as partial:
-            save_brain_mask(partial, scan.stripped)
+            save_brain_mask(partial, scan.stripped.mask, scan.geometry.affine)
     files = {what: f"{scan.name}{end}" for what, end in FILES.items() if what != "brain" or scan.stripped}
-    write_scan_report(scans.out, prediction, predictor, ([SEEN] * seen + mismatches, files))
+    warnings = [SEEN] * seen + mismatches
     reason = explain_no_flag(predictor.false_positive_rate, predictor.calibration.normal_scans)
     verdict = "no verdict" if reason or seen else "unusual" if row["flagged"] else "not unusual"
-    log_verdict(prediction, verdict, [SEEN] * seen + mismatches, predictor)
+    write_scan_report(scans.out, prediction, predictor, verdict, warnings, files)
+    log_verdict(prediction, verdict, warnings, predictor)
     log.info("  %s in %s", ", ".join(files.values()), scans.out)
     record = {
         "file": str(path),
@@ -130,7 +132,7 @@ def predict_file(path: Path, mask: Path | None, scans: ScanFiles, predictor: Pre
         "score": row["score"],
         "p_value": row["p_value"],
         "threshold": prediction.threshold,
-        "unlike_training": [SEEN] * seen + mismatches,
+        "unlike_training": warnings,
         "regions": prediction.regions,
         "slices": [{key: prediction.slice_rows[i][key] for key in ("slice", "score")} for i in shown],
         "files": {what: str(scans.out / name) for what, name in files.items()},
@@ -154,8 +156,7 @@ def log_verdict(prediction: Prediction, verdict: str, mismatches: list[str], pre
     rare = [region for region in regions if region["p_value"] <= COMMON]
     common = f"{len(regions) - len(rare)} that healthy scans commonly show" if len(regions) > len(rare) else ""
     limit = f"of at least {predictor.smallest_ml:g} ml, at {prediction.threshold:.1f} times the scan's median or more"
-    count = f"{len(rare)} region{'s' * (len(rare) != 1)}"
-    log.info("  %s %s%s", count, limit, common and f"; beside {common}")
+    log.info("  %s %s%s", count_regions(rare), limit, common and f"; beside {common}")
     for region in rare[:REGIONS_LISTED]:
         place = ", ".join(format_mm(region[f"{axis}_mm"]) for axis in "xyz")
         size = f"{region['volume_ml']:6.2f} ml, {region['side']:6s} ({place}) mm, peak {region['peak']:.1f}"

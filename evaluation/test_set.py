@@ -28,6 +28,7 @@ from evaluation.table import COLUMNS, describe_counts, format_figure, format_lat
 from evaluation.viewer import Viewers
 from models.calibration import count_needed_scans
 from preprocessing.cohort import refuse_copies
+from preprocessing.identity import hash_file
 from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 
@@ -95,7 +96,7 @@ def fill_folder(
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{test_set.out / 'metrics.json'}: is not a record of an evaluation; {CURE}") from error
     results, viewers = Results(kinds), Viewers()
-    skipped = bad + predict_scans(test_set, predictor, scans, (results, viewers), settings["model"])
+    skipped = bad + predict_scans(test_set, predictor, scans, results, viewers)
     content = {
         "settings": settings,
         "flags": test_set.flags,
@@ -116,7 +117,7 @@ def fill_folder(
         "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
         "detectability": results.measure_lesions(),
     }
-    write_results(test_set, predictor, (results, viewers), content)
+    write_results(test_set, predictor, results, viewers, content)
     log_figures(content)
     log.info("%s; look at %s", describe_counts(content), test_set.out / "report.html")
     return 3 if skipped else 0, content
@@ -156,7 +157,7 @@ def read_kinds(path: Path) -> dict[str, str]:
 def describe_settings(test_set: TestSet, predictor: Predictor, scans: list[StoredScan], kinds: dict) -> dict:
     """Everything that decides the result: with the same settings, an evaluation is not repeated."""
     return {
-        "model": hashlib.sha256((test_set.run / "model.pt").read_bytes()).hexdigest(),
+        "model": hash_file(test_set.run / "model.pt"),
         "data": hash_records(scans),
         "kinds": hashlib.sha256(json.dumps(kinds).encode()).hexdigest() if kinds else None,
         "maps": test_set.maps,
@@ -214,12 +215,10 @@ def delete_own(out: Path) -> None:
 
 
 def predict_scans(
-    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], collected: tuple[Results, Viewers], model: str
+    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, viewers: Viewers
 ) -> int:
-    """Predict every scan, write its maps and pictures, and add it to what is collected; returns how many could not be
-    read.
-
-    model  the SHA-256 of model.pt
+    """Predict every scan, write its maps and pictures, and add it to results and viewers; returns how many could not
+    be read.
     """
     out, skipped = test_set.out, 0
     for label in LABELS if test_set.maps else ():
@@ -228,7 +227,7 @@ def predict_scans(
         make_folder(out / "bids", out)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
         raw = Path(os.path.commonpath([Path(scan.record["source"]).absolute().parent for scan in scans]))
-        write_bids_description(out / "bids", raw, model)
+        write_bids_description(out / "bids", raw, hash_file(test_set.run / "model.pt"))
     for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
         try:
             prediction = predictor.predict(stored.load())
@@ -243,16 +242,16 @@ def predict_scans(
             log.warning("skipped %s", f"{stored.folder}: {explain(error)}" if isinstance(error, OSError) else error)
             skipped += 1
             continue
-        for part in collected:
-            part.add(prediction)
-    if not collected[0].scans:
+        results.add(prediction)
+        viewers.add(prediction)
+    if not results.scans:
         raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
     return skipped
 
 
-def write_results(test_set: TestSet, predictor: Predictor, collected: tuple[Results, Viewers], content: dict) -> None:
+def write_results(test_set: TestSet, predictor: Predictor, results: Results, viewers: Viewers, content: dict) -> None:
     """Write the tables, the figures and the report; metrics.json last."""
-    out, name, (results, viewers) = test_set.out, test_set.run.name, collected
+    out, name = test_set.out, test_set.run.name
     write_table(out / "scores.csv", results.slices)
     write_table(out / "scans.csv", results.scans)
     write_table(out / "regions.csv", results.regions, REGION_COLUMNS)

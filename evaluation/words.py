@@ -157,12 +157,17 @@ def name_run(content: dict) -> str:
     return Path(content["run"]).name
 
 
-def summarise_scan(prediction: Prediction, false_positive_rate: float) -> str:
-    """The verdict on one scan and what was found in it, in one line."""
+def summarise_scan(prediction: Prediction, verdict: str, false_positive_rate: float) -> str:
+    """The verdict on one scan and what was found in it that healthy scans seldom show, in one line."""
     row, regions = prediction.scan_row, prediction.regions
-    words = f"{'Flagged' if row['flagged'] else 'Not flagged'} at a false-positive rate of {false_positive_rate:g}: "
-    words += f"score {row['score']:.1f}, p {format_p(row['p_value'])}; "
-    if not regions:
-        return f"{words}no region above the threshold."
-    largest = f"the largest {regions[0]['volume_ml']:.2f} ml, {regions[0]['side']}"
-    return f"{words}{len(regions)} region{'s' * (len(regions) > 1)} above the threshold, {largest}."
+    rare = [region for region in regions if region["p_value"] <= COMMON]
+    words = f"{verdict.capitalize()} at a false-positive rate of {false_positive_rate:g}: "
+    words += f"score {row['score']:.1f}, p {format_p(row['p_value'])}; {count_regions(rare)} above the threshold"
+    words += f", the largest {rare[0]['volume_ml']:.2f} ml, {rare[0]['side']}" if rare else ""
+    common = len(regions) - len(rare)
+    return f"{words}; beside {common} that healthy scans commonly show." if common else f"{words}."
+
+
+def count_regions(regions: list[dict]) -> str:
+    """`1 region` or `2 regions`."""
+    return f"{len(regions)} region{'s' * (len(regions) != 1)}"

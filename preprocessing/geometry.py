@@ -153,7 +153,11 @@ class Geometry:
             canonical[:, :, index] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).T
         if self.straight:
             return self.straight.take_back(canonical, self.shape, np.array(self.affine))
-        return apply_orientation(canonical, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(self.axes)))
+        return self.store(canonical)
+
+    def store(self, values: np.ndarray) -> np.ndarray:
+        """An array (X, Y, Z) in canonical order in the file's own order, (I, J, K)."""
+        return apply_orientation(values, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(self.axes)))
 
     def _weigh_slices(self) -> tuple[np.ndarray, slice]:
         """(weights (n, Z) of the scan's slices in each kept one, which slices have weights that are not 0)."""

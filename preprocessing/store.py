@@ -331,7 +331,7 @@ def _write_folder(
         for index, values in zip(indices, stack, strict=True):
             (partial / name_slice(index)).write_bytes(header.getvalue() + values.tobytes())
         if stripped:
-            save_brain_mask(partial / "brain.nii.gz", stripped)
+            save_brain_mask(partial / "brain.nii.gz", stripped.mask, record["affine"])
             np.save(partial / "head.npy", stripped.head)
         if record is not None:
             (partial / "scan.json").write_text(_format_record(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,12 +23,11 @@ PROBABLE = 0.5  # a voxel with a higher probability is brain
 class Extracted(NamedTuple):
     """A brain that was extracted from a head.
 
-    mask    (I, J, K) bool on the scan's own grid, whose affine is (4, 4)
+    mask    (I, J, K) bool on the scan's own grid
     head    (size, size) float16: the middle slice, not masked
     """
 
     mask: np.ndarray
-    affine: np.ndarray
     head: np.ndarray
 
 
@@ -51,9 +51,9 @@ def extract_brain(path: Path, volume: Volume) -> np.ndarray:
     return np.asfortranarray(inside, dtype=bool)
 
 
-def save_brain_mask(path: Path, stripped: Extracted) -> None:
-    """Save an extracted brain as NIfTI on the scan's own grid."""
-    image = nib.Nifti1Image(stripped.mask.astype(np.uint8), stripped.affine)
+def save_brain_mask(path: Path, mask: np.ndarray, affine: Sequence[Sequence[float]]) -> None:
+    """Save a mask (I, J, K) bool as NIfTI; affine (4, 4) to scanner mm."""
+    image = nib.Nifti1Image(mask.astype(np.uint8), np.array(affine))
     image.header.set_xyzt_units("mm")
     nib.save(image, path)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from scipy import ndimage
 
 from common.cli import DataError, explain
@@ -211,9 +210,9 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
         stack, geometry, scale = cut_stack(*cut_from, found.skull_off, settings.keep, settings.size, fov_mm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    stripped = _keep_extracted(found, cut_from[0], geometry, scale) if found.stripped else None
     scored = np.count_nonzero(cut_from[1][:, :, list(geometry.slices)])
     own = {"shape": volume.shape, "affine": tuple(map(tuple, volume.affine.tolist())), "axes": volume.axes}
+    geometry = replace(geometry, **own, straight=straight)
     return LoadedScan(
         name=name_scan(path),
         label="",
@@ -221,23 +220,24 @@ def _cut(path: Path, found: _Brain, settings: CutSettings) -> LoadedScan:
         source=str(path),
         stack=stack,
         lesion=None,
-        geometry=replace(geometry, **own, straight=straight),
+        geometry=geometry,
         scale=scale,
         skull_off=found.skull_off,
         brain_ml=found.brain_ml,
         unscored_share=1 - scored / np.count_nonzero(cut_from[1]) if found.skull_off else None,
         hashes=(hash_voxels(volume.values, volume.spacing_mm),),
         warnings=tuple(warnings),
-        stripped=stripped,
+        stripped=_keep_extracted(found, geometry, scale) if found.stripped else None,
     )
 
 
-def _keep_extracted(found: _Brain, cut_from: Volume, geometry: Geometry, scale: Scale) -> Extracted:
+def _keep_extracted(found: _Brain, geometry: Geometry, scale: Scale) -> Extracted:
     """The extracted brain, and the middle slice of the head that it was cut from."""
     middle = replace(geometry, slices=geometry.slices[len(geometry.slices) // 2 :][:1])
-    head = middle.cut(cut_from, np.ones(cut_from.values.shape, bool), scale)[0]
-    mask = apply_orientation(found.inside, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(found.volume.axes)))
-    return Extracted(mask, found.volume.affine, head)
+    head = found.volume, np.ones(found.inside.shape, bool)
+    if geometry.straight:
+        head = geometry.straight.bring(*head)
+    return Extracted(geometry.store(found.inside), middle.cut(*head, scale)[0])
 
 
 def _read_lesion(scan: Scan, found: _Brain, settings: CutSettings) -> tuple[np.ndarray, list[str]]:

@@ -93,7 +93,7 @@ def test_a_page_is_a_picture_whatever_the_names_hold(tmp_path):
 
 def test_an_extracted_brain_is_an_outline_in_the_head(tmp_path, figures):
     head = np.linspace(0, 1, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.float16)
-    stripped = Extracted(np.ones((30, 30, 30), bool), np.eye(4), head)
+    stripped = Extracted(np.ones((30, 30, 30), bool), head)
     draw_contact_sheet([make_scan(tmp_path, "a", stripped=stripped), make_scan(tmp_path, "b")], tmp_path)
     with_head, without = figures[0].axes[:2]
     np.testing.assert_array_equal(with_head.images[0].get_array(), head)

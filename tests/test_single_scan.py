@@ -126,6 +126,7 @@ def test_regions_that_healthy_scans_commonly_show_are_counted_only(folder, capsy
     (printed,) = [line for line in lines if "peak" in line]
     assert printed.endswith("as large and strong in 6 of 39 healthy scans")
     assert any(re.match(rf"  1 region of .*; beside {len(regions) - 1} that healthy scans", line) for line in lines)
+    assert f"; beside {len(regions) - 1} that healthy scans" in (folder / "out/head_T1w.html").read_text()
 
 
 def test_a_model_of_slices_that_were_cut_otherwise_is_refused(folder):
@@ -313,6 +314,7 @@ def test_a_scan_that_the_model_has_seen_gets_no_verdict(kind, folder, capsys):
     (found,) = content["scans"]
     assert found["verdict"] == "no verdict"
     assert found["unlike_training"][0].startswith("the model was trained or calibrated on this scan")
+    assert "No verdict at a false-positive rate of" in Path(found["files"]["page"]).read_text()
     assert run_scan(folder) == 0
     lines = capsys.readouterr().out.splitlines()
     said = next(i for i, line in enumerate(lines) if "the model was trained or calibrated on this scan" in line)

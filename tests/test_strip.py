@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
+from scipy.spatial.transform import Rotation
 
 from common.cli import DataError
 from preprocessing import strip, worker
@@ -122,6 +123,19 @@ def test_the_mask_is_kept_on_the_scans_own_grid_and_the_head_around_it(head, qui
     assert around.shape == brain.shape
     assert around[~brain].max() > 0.5, "the skin"
     np.testing.assert_allclose(around[brain].astype(float), scan.read_middle()[brain].astype(float), atol=0.15)
+
+
+def test_an_oblique_head_keeps_its_mask_and_its_skin(quick, tmp_path):
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("x", 30, degrees=True).as_matrix() * 4
+    path = tmp_path / "raw/oblique_T1w.nii.gz"
+    path.parent.mkdir()
+    nib.save(nib.Nifti1Image(make_head().astype(np.float32), turned), path)
+    loaded = cut_scan(path, None, AUTO)
+    assert loaded.geometry.straight
+    np.testing.assert_array_equal(loaded.stripped.mask, find_ball(read_volume(path)))
+    brain = loaded.stack[len(loaded.stack) // 2] > 0
+    assert loaded.stripped.head[~brain].max() > 0.5, "the skin"
 
 
 def test_a_scan_that_is_no_longer_stripped_loses_its_mask(head, quick, tmp_path):

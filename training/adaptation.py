@@ -44,8 +44,7 @@ def adapt(
         return _train(content, on, compare, steps, device, None if quiet else what)
 
     trainer = train(scans, scans, "adapting")
-    subjects = sorted({key_subject(scan.subject) for scan in scans})
-    halves = [[scan for scan in scans if key_subject(scan.subject) in subjects[side::2]] for side in (0, 1)]
+    halves = halve(scans)
     if steps and all(halves):
         one, other = (train(*pair, "adapting to a half") for pair in (halves, halves[::-1]))
         compared = ConcatDataset([one.compare_validation(), other.compare_validation()])
@@ -54,6 +53,12 @@ def adapt(
     seen = {*content["seen"], *(key for scan in scans for key in scan.hashes)}
     calibration = Calibration.fit(compared, robust).to_state()
     return content | {"weights": trainer.model.state_dict(), "calibration": calibration, "seen": sorted(seen)}
+
+
+def halve(scans: list[StoredScan]) -> list[list[StoredScan]]:
+    """Two parts of the scans, all of a subject in one; the second is empty where there is one subject."""
+    subjects = sorted({key_subject(scan.subject) for scan in scans})
+    return [[scan for scan in scans if key_subject(scan.subject) in subjects[side::2]] for side in (0, 1)]
 
 
 def _train(
