@@ -10,7 +10,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks import detection
-from benchmarks.detection import Tally, halve, shrink_brain
+from benchmarks.detection import Tally, pair_halves, shrink_brain
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML
 from common.cli import DataError
@@ -87,7 +87,7 @@ def test_no_subject_calibrates_for_itself(processed, tmp_path):
         for name in (scan.name, f"{scan.name}_again"):
             shutil.copytree(scan.folder, tmp_path / "train/normal" / name)
     scans = list(list_scans(tmp_path / "train"))
-    parts = halve(scans, copies=1)
+    parts = pair_halves(scans, copies=1)
     assert sum(len(part.scans) for part in parts) == 12
     for part in parts:
         assert not {scan.subject for scan in part.scans} & {scan.subject for scan in part.healthy}
