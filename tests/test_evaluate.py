@@ -250,6 +250,7 @@ def test_user_errors_are_one_line(untrained, processed, tmp_path):
         ["--scan", "a.txt"],
         ["--scan", "a.nii", "--brain-mask", "b", "c"],
         ["--brain-mask", "b"],
+        ["--scan", "a.nii", "--bids"],
         ["--axes", "RAR"],
     ],
 )

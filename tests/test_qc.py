@@ -24,6 +24,8 @@ def make_scan(root, name, place="train/normal", marks=None, stripped=None):
     stack = np.full((3, SIZE, SIZE), 0.5, np.float16)
     if marks:
         stack[1][marks] = 1
+    if stripped:
+        stack[:, : SIZE // 2] = 0
     record = RECORD | {"slices": [4, 5, 6], "size": SIZE, "subject": name, "axes": "PSR", "shape": [30, 30, 30]}
     del record["lesion_voxels"]
     write_scan(root / place / name, stack, None, record, stripped)
@@ -97,5 +99,6 @@ def test_an_extracted_brain_is_an_outline_in_the_head(tmp_path, figures):
     draw_contact_sheet([make_scan(tmp_path, "a", stripped=stripped), make_scan(tmp_path, "b")], tmp_path)
     with_head, without = figures[0].axes[:2]
     np.testing.assert_array_equal(with_head.images[0].get_array(), head)
-    assert len(with_head.collections) == 1
+    (outline,) = with_head.collections
+    assert set(outline.get_paths()[0].vertices[:, 1]) == {SIZE // 2 - 1 + 0.5}, "between background and brain"
     assert not without.collections

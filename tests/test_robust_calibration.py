@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.anomaly import map_anomalies, score_scan, score_slices
+from models.anomaly import find_largest_mass, map_anomalies, score_scan, score_slices
 from models.calibration import Calibration
 from tests.reference import make_scan
 
@@ -58,6 +58,10 @@ def test_scores_are_those_within_the_cohort_and_the_threshold_is_the_median():
     scans = [make_scan(seed, offset=offset) for seed, offset in ((1, 0.0), (2, 0.5), (3, 0.0))]
     calibration = fit(scans)
     maps = [map_anomalies(*as_tensors(scan), calibration) for scan in scans]
+    masses = [
+        find_largest_mass(one, calibration.voxel_threshold, scan[2]) for one, scan in zip(maps, scans, strict=True)
+    ]
+    assert calibration.region_masses.tolist() == pytest.approx(sorted(masses), rel=1e-4)
     assert calibration.scan_scores.tolist() == pytest.approx(sorted(score_scan(one) for one in maps), rel=1e-5)
     slices = torch.cat([score_slices(one) for one in maps]).sort().values
     np.testing.assert_allclose(calibration.slice_scores, slices, rtol=1e-5)

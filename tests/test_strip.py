@@ -9,12 +9,14 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy.spatial.transform import Rotation
 
 from common.cli import DataError
+from evaluation.evaluate import main as evaluate
 from preprocessing import strip, worker
 from preprocessing.preprocess_oasis import main
 from preprocessing.scans import search
 from preprocessing.store import list_scans, read_scan
 from preprocessing.volume import read_volume
 from preprocessing.worker import CutSettings, cut_scan
+from tests.predictions import SETTINGS, write_model
 from tests.test_scripts import PROJECT
 
 EXAMPLE = PROJECT / "Dataset/example/head_T1w.nii.gz"
@@ -123,6 +125,14 @@ def test_the_mask_is_kept_on_the_scans_own_grid_and_the_head_around_it(head, qui
     assert around.shape == brain.shape
     assert around[~brain].max() > 0.5, "the skin"
     np.testing.assert_allclose(around[brain].astype(float), scan.read_middle()[brain].astype(float), atol=0.15)
+
+
+@pytest.mark.parametrize("skull_off", [True, False])
+def test_a_model_of_heads_gets_heads(skull_off, head, quick, tmp_path):
+    write_model(tmp_path / "run/model.pt", slices=SETTINGS | {"skull_off": skull_off})
+    assert evaluate(["--run", str(tmp_path / "run"), "--scan", str(head), "--out", str(tmp_path / "out")]) == 0
+    assert quick == [head] * skull_off
+    assert (tmp_path / "out/head_T1w_brain.nii.gz").exists() == skull_off
 
 
 def test_an_oblique_head_keeps_its_mask_and_its_skin(quick, tmp_path):

@@ -260,6 +260,8 @@ def test_defaults(monkeypatch):
     assert take_config(monkeypatch)["network"]["model"] == "dae"
     kept = {"batch_size": 16, "lr": 1e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
     assert {name: dae[name] for name in kept} == kept
+    on = take_config(monkeypatch, "--init", "runs/other")
+    assert (on["init"], on["steps"], on["lr"]) == ("runs/other", 4000, 3e-4)
     given = take_config(monkeypatch, "--width", "8", "--steps", "7", "--lr", "0.5", "--depth", "2", "--seed", "4")
     assert given["network"] == {"model": "dae", "width": 8, "depth": 2}
     assert (given["steps"], given["lr"], given["seed"]) == (7, 0.5, 4)
