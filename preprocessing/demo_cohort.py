@@ -15,19 +15,19 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.interrupts import shield_workers, stop_in_one_line
+from common.interrupts import stop_in_one_line
 
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
 import nibabel as nib
 import numpy as np
-from joblib import Parallel, delayed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from common.cli import SEED, DataError, Parser, bounded, log, run_script, set_up_logging
 from common.files import replace_when_whole, write_atomically
+from common.workers import run_in_workers
 from preprocessing.simulator import KINDS, Template, load_template, simulate_scan
 
 DESCRIPTION = "simulated from the MNI152 template"
@@ -151,9 +151,7 @@ def make_cohort(raw: Path, settings: CohortSettings, workers: int = 1) -> tuple[
     missing = [place for place in places if not place.scan_path.exists()]
     if missing:
         template = load_template(settings.voxel_size_mm)
-        jobs = (delayed(make_scan)(template, place, settings) for place in missing)
-        with shield_workers():
-            made = Parallel(n_jobs=workers, return_as="generator")(jobs)
+        made = run_in_workers(make_scan, [(template, place, settings) for place in missing], workers)
         for _ in tqdm(made, total=len(missing), unit="scan", disable=None):
             pass
     rows = ["scan,kind,volume_ml"]

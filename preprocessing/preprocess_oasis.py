@@ -22,7 +22,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.interrupts import shield_workers, stop_in_one_line
+from common.interrupts import stop_in_one_line
 
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
@@ -31,7 +31,6 @@ import joblib
 import nibabel
 import numpy
 import scipy
-from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
@@ -48,6 +47,7 @@ from common.cli import (
     set_up_logging,
 )
 from common.files import hold_folder, read_json, write_atomically
+from common.workers import run_in_workers
 from preprocessing.cohort import CohortRules, find_withdrawn, plan, refuse_copies, refuse_mixture
 from preprocessing.dicom import CONVERTED, list_series
 from preprocessing.images import parse_axes
@@ -96,7 +96,9 @@ def preprocess(args: argparse.Namespace) -> int:
         for old in withdrawn:
             origin = old.origin
             log.warning("%s: is no longer among the scans; its slices were moved to %s", origin, withdraw(old.folder))
-        return write_slices(args, found)
+        code = write_slices(args, found)
+        clear_leftovers(args.processed)  # of workers that outlived a killed run until now
+        return code
 
 
 def describe(args: argparse.Namespace, found: Search, stored: list[StoredScan]) -> None:
@@ -199,10 +201,7 @@ def _run_workers(args: argparse.Namespace, scans: list[Scan]) -> list[tuple[str,
     settings = CutSettings(args.keep, args.size, args.fov_mm, args.volume, labels, args.strip)
     results = []
     with _work_on(args.dask):
-        with shield_workers():
-            running = Parallel(n_jobs=args.workers, return_as="generator")(
-                delayed(preprocess_scan)(scan, args.processed, settings) for scan in scans
-            )
+        running = run_in_workers(preprocess_scan, [(scan, args.processed, settings) for scan in scans], args.workers)
         for state, why in tqdm(running, "preprocessing", len(scans), unit="scan", disable=args.quiet or None):
             if state == "skipped":
                 log.warning("skipped %s", why)

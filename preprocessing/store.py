@@ -373,7 +373,8 @@ def _delete(folder: Path) -> None:
 
 def clear_leftovers(processed: Path) -> None:
     """Delete the half-written folders of killed processes, and nothing else."""
-    for place in (processed / split / kind for split in SPLITS for kind in (*LABELS, "masks")):
-        for path in place.iterdir() if place.is_dir() else ():
-            if LEFTOVER.fullmatch(path.name):
-                _delete(path)
+    places = [processed / split / kind for split in SPLITS for kind in (*LABELS, "masks")]
+    for path in [path for place in places for path in place.glob(".*") if LEFTOVER.fullmatch(path.name)]:
+        if path.suffix == ".partial":  # renamed, a worker that outlived its parent can't complete what is half gone
+            path = path.rename(path.with_name(f"{path.name}.{os.getpid()}.old"))
+        _delete(path)

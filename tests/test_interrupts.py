@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -104,3 +106,22 @@ def test_workers_hear_no_signal():
     assert (code, err) == (7, "")
     code, _, _ = run(f"with shield_workers(): pass\n    {WAIT}")
     assert code == 130, "heard again after the block"
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Killed, it can't end them itself, and what they still wrote would lie beside what the next one writes."""
+    begun = tmp_path / "begun"
+    code = f"""
+import sys, time
+from pathlib import Path
+from common.workers import run_in_workers
+list(run_in_workers(lambda number: (Path({str(begun)!r} + str(number)).touch(), time.sleep(60)), [(0,), (1,)], 2))
+"""
+    master = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
+    while not (tmp_path / "begun0").exists():
+        time.sleep(0.05)
+    workers = psutil.Process(master.pid).children(recursive=True)
+    master.kill()
+    master.wait()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=10)[1] == []

@@ -102,13 +102,14 @@ def run_with_kills(start, raw, tmp_path, kills, workers, panels):
                 left -= process.exitcode == -signal.SIGKILL
                 continue
             assert process.exitcode == 0
+            idle = psutil.wait_procs(orphans, timeout=1)[1]  # workers at work end with their master
             found = read_tree(killed / output)
             assert sorted(found) == sorted(wanted)
             assert [path for path in wanted if found[path] != wanted[path]] == []
+            for orphan in idle:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphan.kill()
             if not left:
-                for orphan in orphans:  # workers that outlived their master, idle by now
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        orphan.kill()
                 break
             shutil.rmtree(killed / output)  # it was done before its time: once more from the start
 

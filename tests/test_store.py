@@ -211,6 +211,21 @@ def test_leftovers_of_killed_processes_are_cleared_and_nothing_else(tmp_path):
     np.testing.assert_array_equal(scan.read_stack(), STACK)
 
 
+def test_a_worker_whose_leftover_is_cleared_while_it_writes_leaves_nothing(tmp_path, monkeypatch):
+    """It outlived its killed parent; the next run clears leftovers. Half of a scan must not get the scan's name."""
+    def clear_first(index):
+        if index == RECORD["slices"][-1]:
+            (partial,) = tmp_path.rglob(".*.partial")
+            (partial / "late").touch()  # as if it wrote between the deletion of the rest and of the folder
+            clear_leftovers(tmp_path)
+        return name_slice(index)
+
+    monkeypatch.setattr("preprocessing.store.name_slice", clear_first)
+    with pytest.raises(FileNotFoundError):
+        put(tmp_path, "train/normal/a")
+    assert list(list_scans(tmp_path)) == []
+
+
 def test_what_a_user_put_beside_the_slices_stays(tmp_path):
     scan = put(tmp_path)
     (scan.folder / "notes.txt").write_text("looked at")
