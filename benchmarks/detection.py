@@ -35,7 +35,15 @@ from tqdm import tqdm
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML, paint_lesion
 from common.cli import DataError, Parser, bounded, run_script
-from evaluation.metrics import VOLUME_BINS, VoxelCounts, list_lesions, measure_detectability, name_volume, rate
+from evaluation.metrics import (
+    VOLUME_BINS,
+    VoxelCounts,
+    count_voxels,
+    list_lesions,
+    measure_detectability,
+    name_volume,
+    rate,
+)
 from evaluation.predictor import Prediction, Predictor
 from evaluation.results import LESION_VOXELS
 from evaluation.test_set import read_kinds
@@ -112,7 +120,7 @@ class Tally:
         scan, anomaly = prediction.scan, prediction.anomaly
         inside = np.isfinite(anomaly)
         lesion = np.zeros(inside.shape, bool) if scan.lesion is None else scan.lesion
-        self.voxels.add(scan.subject, anomaly[inside], lesion[inside])
+        self.voxels.add(scan.subject, count_voxels(anomaly[inside], lesion[inside]))
         above = anomaly[inside] >= prediction.threshold
         self.flagged += ((above & lesion[inside]).sum(), above.sum(), lesion[inside].sum())
         abnormal = scan.label == "abnormal"

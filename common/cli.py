@@ -167,6 +167,21 @@ def bounded(
 SEED = bounded(int, least=0, most=2**32 - 1)
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --device auto, cpu or cuda."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+    )
+
+
+def parse_axes(text: str) -> str:
+    """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
+    axes = text.upper()
+    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
+        raise argparse.ArgumentTypeError(f"{text}: give where the three axes point, such as ASL or RAS")
+    return axes
+
+
 def list_flags(args: argparse.Namespace) -> dict:
     """The flags that decide a result, {name: plain value}, as records keep them under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}

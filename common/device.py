@@ -16,17 +16,15 @@ from common import distributed
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --device auto, cpu or cuda."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
-    )
-
-
 def choose_device(parser: argparse.ArgumentParser, asked: str) -> torch.device:
     """The device that --device asks for; wrong usage where it asks for a CUDA device and there is none."""
     if asked == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; leave --device out")
+    return find_device(asked)
+
+
+def find_device(asked: str) -> torch.device:
+    """The device that --device means on this machine."""
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,16 +22,23 @@ from common.interrupts import stop_in_one_line
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
-from common.cli import Parser, bounded, list_flags, log, parse_flags, run_script, set_up_logging
-from common.device import add_device_flag, choose_device, keep_freed_memory
-from evaluation.predictor import Predictor
-from evaluation.single_scan import ScanFiles, predict_files
-from evaluation.test_set import TestSet, evaluate
-from models.checkpoint import PRETRAINED
-from preprocessing.images import parse_axes
-from preprocessing.layouts import ENDINGS
-from preprocessing.strip import STRIP
+from common.cli import (
+    Parser,
+    add_device_flag,
+    bounded,
+    list_flags,
+    log,
+    parse_axes,
+    parse_flags,
+    run_script,
+    set_up_logging,
+)
+from preprocessing.scans import ENDINGS, STRIP
 
+if TYPE_CHECKING:
+    from evaluation.predictor import Predictor
+
+HOME = Path("runs/pretrained")  # where what the model that ships finds is left
 EXAMPLE = """examples:
   python evaluation/evaluate.py --run runs/dae --data Dataset/processed/test --maps
   python evaluation/evaluate.py --scan patient_T1w.nii.gz"""
@@ -93,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smallest-ml", type=bounded(least=0), default=0.1, help="smallest region listed, ml")
     parser.add_argument("--batch-size", type=bounded(int, least=1), default=32, help="slices reconstructed at a time")
     add_device_flag(parser)
+    workers = bounded(int, least=1)
+    parser.add_argument("--workers", type=workers, default=os.cpu_count(), help="scans of --data predicted at a time")
+    parser.add_argument("--dask", metavar="tcp://HOST:PORT", help="work on the Dask cluster of this scheduler")
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output, nothing else")
     return parser
@@ -123,11 +134,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parse_flags(parser, argv)
     check_flags(parser, args)
+    from common.device import choose_device, keep_freed_memory  # torch takes seconds to load, which --help should not
+    from evaluation.predictor import Predictor
+    from models.checkpoint import PRETRAINED
+
     device = choose_device(parser, args.device)
     set_up_logging(args.quiet or args.json)
     keep_freed_memory()
     run = args.run or Path(os.path.relpath(PRETRAINED))
-    home = args.run or Path("runs/pretrained")
     if not args.run:
         log.info("with the model that ships (%s); --run takes another", run)
     predictor = Predictor.load(
@@ -137,22 +151,43 @@ def main(argv: list[str] | None = None) -> int:
         false_positive_rate=args.false_positive_rate,
         smallest_ml=args.smallest_ml,
     )
-    if args.scan:
-        out = args.out or home / "scans"
-        files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
-        bar = args.json and not args.quiet  # verdicts show the progress where they are printed
-        scans = ScanFiles(files, out, args.axes, args.volume, bar, args.strip, args.series)
-        code, content = predict_files(scans, predictor)
-        content = {"run": str(run)} | content
-    else:
-        out = args.out or home / "evaluation"
-        test_set = TestSet(
-            run, args.data, out, args.maps, args.bids, args.panels, args.lesions, args.quiet, list_flags(args)
-        )
-        code, content = evaluate(test_set, predictor)
+    code, content = (evaluate_files if args.scan else evaluate_test_set)(args, run, predictor)
     if args.json:
         print(json.dumps(content, indent=1))
     return code
+
+
+def evaluate_files(args: argparse.Namespace, run: Path, predictor: Predictor) -> tuple[int, dict]:
+    """Predict the files of --scan; returns (exit code, what was found)."""
+    from evaluation.single_scan import ScanFiles, predict_files
+
+    out = args.out or (args.run or HOME) / "scans"
+    files = list(zip(args.scan, args.brain_mask or [None] * len(args.scan), strict=True))
+    bar = args.json and not args.quiet  # verdicts show the progress where they are printed
+    scans = ScanFiles(files, out, args.axes, args.volume, bar, args.strip, args.series)
+    code, content = predict_files(scans, predictor)
+    return code, {"run": str(run)} | content
+
+
+def evaluate_test_set(args: argparse.Namespace, run: Path, predictor: Predictor) -> tuple[int, dict]:
+    """Evaluate the slices of --data; returns (exit code, what metrics.json says)."""
+    from evaluation.test_set import TestSet, evaluate
+
+    test_set = TestSet(
+        run=run,
+        data=args.data,
+        out=args.out or (args.run or HOME) / "evaluation",
+        maps=args.maps,
+        bids=args.bids,
+        panels=args.panels,
+        lesions=args.lesions,
+        device=args.device,
+        workers=args.workers,
+        dask=args.dask,
+        quiet=args.quiet,
+        flags=list_flags(args),
+    )
+    return evaluate(test_set, predictor)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,17 @@ def draw_weights(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> np
     return np.random.default_rng(seed).multinomial(subjects, np.full(subjects, 1 / subjects), resamples).astype(float)
 
 
+def count_voxels(scores: np.ndarray, lesion: np.ndarray) -> dict[str, list[int]]:
+    """{bin of scores: how many voxels have one, [outside, within] lesions}, of scores (n,) >= 0 and lesion (n,) bool.
+
+    Bins are the keys of `VoxelCounts`, as text: it goes through JSON.
+    """
+    bins = np.maximum(scores, 0).astype(np.float32).view(np.int32) >> BIN_BITS
+    found, place = np.unique(bins, return_inverse=True)
+    counts = np.stack([np.bincount(place[lesion == within], minlength=len(found)) for within in (False, True)], axis=1)
+    return dict(zip(map(str, found.tolist()), counts.tolist(), strict=True))
+
+
 class VoxelCounts:
     """How many voxels of each subject have which score, within lesions and outside: all that voxel figures need.
 
@@ -79,21 +90,11 @@ class VoxelCounts:
     def __init__(self):
         self.counts: dict[str, dict[int, np.ndarray]] = {}
 
-    def add(self, subject: str, scores: np.ndarray, lesion: np.ndarray) -> None:
-        """Count voxels: scores (n,) at or above 0, lesion (n,) bool."""
-        bins = np.maximum(scores, 0).astype(np.float32).view(np.int32) >> BIN_BITS
-        found, place = np.unique(bins, return_inverse=True)
-        counts = np.stack([np.bincount(place, w, len(found)) for w in (~lesion, lesion)], axis=1)
+    def add(self, subject: str, counts: dict[str, list[int]]) -> None:
+        """Add what `count_voxels` counted in a scan of this subject."""
         mine = self.counts.setdefault(subject, {})
-        for key, count in zip(found.tolist(), counts, strict=True):
-            mine[key] = mine.get(key, 0) + count
-
-    def join(self, other: VoxelCounts) -> None:
-        """Count what the other has counted as well."""
-        for subject, theirs in other.counts.items():
-            mine = self.counts.setdefault(subject, {})
-            for key, count in theirs.items():
-                mine[key] = mine.get(key, 0) + count
+        for key, count in counts.items():
+            mine[int(key)] = mine.get(int(key), 0) + np.array(count)
 
     def hold_lesions(self) -> bool:
         return any(count[1] for mine in self.counts.values() for count in mine.values())

@@ -7,7 +7,6 @@ tables are there all the same. The page holds its pictures and viewers; only the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 
@@ -17,14 +16,11 @@ from evaluation.metrics import VOLUME_BINS
 from evaluation.panels import draw_montage
 from evaluation.pictures import embed_figure, embed_picture
 from evaluation.predictor import Prediction, Predictor
-from evaluation.results import Results
+from evaluation.results import Results, ScanResult
 from evaluation.table import describe_counts
 from evaluation.viewer import describe_palette, pack_scan
 from evaluation.words import describe_run, explain_terms, list_results, name_run, summarise, summarise_scan
 from preprocessing.scans import LABELS
-
-if TYPE_CHECKING:
-    from evaluation.viewer import Viewers
 
 NAMES_LISTED = 12
 FILES = {
@@ -50,11 +46,16 @@ SCAN_FILES = {
 
 
 def write_report(
-    out: Path, content: dict, results: Results, figures: dict[str, tuple[str, str]], viewers: Viewers
+    out: Path,
+    content: dict,
+    results: Results,
+    figures: dict[str, tuple[str, str]],
+    viewers: dict[tuple[str, str], dict],
 ) -> None:
     """Write `out`/report.html from metrics.json's content, the results, and the pictures that lie in `out`.
 
     figures  {what it shows: (its PDF in `out`, SVG as a data URL)}
+    viewers  {(label, scan): what `viewer.pack_scan` gives}
     """
     rows = sorted(results.scans, key=lambda row: -row["score"])
     scans = describe_scans(out, rows, results)
@@ -73,7 +74,7 @@ def write_report(
         "selected": [scan for _, scan in chosen],
         "figures": figures,
         "files": {name: words for name, words in FILES.items() if (out / name).exists() or name == "metrics.json"},
-        "viewers": {scan["anchor"]: viewers.kept[scan["key"]] for scan in scans if scan["key"] in viewers.kept},
+        "viewers": {scan["anchor"]: viewers[scan["key"]] for scan in scans if scan["key"] in viewers},
     }
     write_page(out / "report.html", page)
 
@@ -88,7 +89,7 @@ def write_scan_report(
     files     {"map", "mask", "brain", "picture", "page", "record": names in `out`}; all but page and record are there
     """
     row, results = prediction.scan_row, Results({})
-    results.add(prediction)
+    results.add(ScanResult.of(prediction))
     results.warnings = {(row["label"], row["scan"]): warnings}
     calibration = {"normal_scans": predictor.calibration.normal_scans, "voxel_threshold": prediction.threshold}
     content = {

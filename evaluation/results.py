@@ -1,10 +1,16 @@
-"""Collects rows and counts of the scans of an evaluation, never their voxels, and computes its figures."""
+"""What an evaluation keeps of its scans, rows and counts and never voxels, and the figures that it computes of them."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from common.cli import DataError
+from common.files import write_atomically
 from evaluation.input_check import explain_misfit
 from evaluation.metrics import (
     SMALLEST_LESION_ML,
@@ -12,6 +18,7 @@ from evaluation.metrics import (
     VoxelCounts,
     auroc,
     average_precision,
+    count_voxels,
     list_lesions,
     measure_detectability,
     name_volume,
@@ -27,6 +34,72 @@ AGE_EDGES = (30, 45, 60, 75)
 AGE_GROUPS = ("under 30", "30 to 44", "45 to 59", "60 to 74", "75 and above")
 
 
+@dataclass(frozen=True)
+class ScanResult:
+    """What is kept of a scan, plain values.
+
+    scan, slices, regions  its rows of the tables
+    lesions                a row for each known lesion, without its kind
+    voxels                 {detector: what `count_voxels` gives}; None where its lesions are not known
+    worst_slice            in mm and by the file's own index
+    warnings               what its file and its misfit warn of
+    misfit                 whether it does not fit the calibration
+    unscored_share         of the brain's voxels, outside the scored slices; None where it is not recorded
+    unscored_lesions_ml    the volumes of the lesions there; None where they are not recorded
+    viewer_bytes           about how much a page grows by its viewer
+    """
+
+    scan: dict
+    slices: list[dict]
+    regions: list[dict]
+    lesions: list[dict]
+    voxels: dict[str, dict] | None
+    worst_slice: str
+    warnings: list[str]
+    misfit: bool
+    unscored_share: float | None
+    unscored_lesions_ml: list[float] | None
+    viewer_bytes: int = 0
+
+    @classmethod
+    def of(cls, prediction: Prediction, viewer_bytes: int = 0) -> ScanResult:
+        """That of a prediction; voxels are counted of the maps that it has."""
+        scan, lesions, voxels = prediction.scan, [], None
+        if scan.lesion is not None:
+            voxels = {}
+            for name, values in prediction.maps.items():
+                brain = np.isfinite(values)
+                voxels[name] = count_voxels(values[brain], scan.lesion[brain])
+            lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
+        who = {"label": scan.label, "scan": scan.name}
+        unscored = scan.unscored_lesions_ml
+        return cls(
+            scan=prediction.scan_row,
+            slices=prediction.slice_rows,
+            regions=[who | region for region in describe_regions(prediction)],
+            lesions=[who | {"subject": scan.subject, "kind": None} | lesion for lesion in lesions],
+            voxels=voxels,
+            worst_slice=name_slice(scan.geometry, prediction.rank_slices()[0]),
+            warnings=[*scan.warnings, *([explain_misfit(prediction.misfit)] if prediction.misfit else [])],
+            misfit=bool(prediction.misfit),
+            unscored_share=scan.unscored_share,
+            unscored_lesions_ml=None if unscored is None else list(unscored),
+            viewer_bytes=viewer_bytes,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> ScanResult:
+        """What `save` wrote. DataError where it is of another version."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: is not a result of this version; delete it and run the command again") from error
+
+
 class Results:
     """The rows of slices, scans, regions and lesions, and the voxel counts of each detector.
 
@@ -40,36 +113,32 @@ class Results:
         self.unscored_lesions = []  # rows with volumes and kinds of lesions outside the scored slices
         self.unrecorded = 0  # scans with a lesion mask of which it is not recorded what lies outside
         self.warnings = {}  # by (label, scan), where there are any
-        self.worst_slices = {}  # by (label, scan): in mm and by the file's own index
+        self.worst_slices = {}  # by (label, scan)
         self.misfits = 0  # scans that do not fit the calibration
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
 
-    def add(self, prediction: Prediction) -> None:
-        """Add a prediction that includes the baselines' maps."""
-        scan = prediction.scan
-        self.slices += prediction.slice_rows
-        self.scans.append(prediction.scan_row)
-        self.worst_slices[scan.label, scan.name] = name_slice(scan.geometry, prediction.rank_slices()[0])
-        warnings = list(scan.warnings)
-        if prediction.misfit:
-            self.misfits += 1
-            warnings.append(explain_misfit(prediction.misfit))
-        if warnings:
-            self.warnings[scan.label, scan.name] = warnings
-        self.regions += [{"label": scan.label, "scan": scan.name} | region for region in describe_regions(prediction)]
-        if scan.unscored_share is not None:
-            self.unscored_shares.append(scan.unscored_share)
-        if scan.lesion is None:
+    def add(self, result: ScanResult) -> None:
+        row = result.scan
+        key = row["label"], row["scan"]
+        self.scans.append(row)
+        self.slices += result.slices
+        self.regions += result.regions
+        self.worst_slices[key] = result.worst_slice
+        self.misfits += result.misfit
+        if result.warnings:
+            self.warnings[key] = result.warnings
+        if result.unscored_share is not None:
+            self.unscored_shares.append(result.unscored_share)
+        if result.voxels is None:
             return
-        for name, values in prediction.maps.items():
-            brain = np.isfinite(values)
-            self.voxels[name].add(scan.subject, values[brain], scan.lesion[brain])
-        kind = self.kinds.get(scan.name) or self.kinds.get(CONTRAST.sub("", scan.name))
-        who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
-        lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
-        self.lesions += [who | lesion for lesion in lesions]
-        self.unrecorded += scan.unscored_lesions_ml is None and bool(scan.lesion.any())
-        volumes = [volume for volume in scan.unscored_lesions_ml or () if volume >= SMALLEST_LESION_ML]
+        for name, counts in result.voxels.items():
+            self.voxels[name].add(row["subject"], counts)
+        kind = self.kinds.get(row["scan"]) or self.kinds.get(CONTRAST.sub("", row["scan"]))
+        self.lesions += [lesion | {"kind": kind} for lesion in result.lesions]
+        holds = any(one["lesion_voxels"] for one in result.slices)
+        self.unrecorded += result.unscored_lesions_ml is None and holds
+        volumes = [volume for volume in result.unscored_lesions_ml or () if volume >= SMALLEST_LESION_ML]
+        who = {"label": row["label"], "scan": row["scan"], "subject": row["subject"], "kind": kind}
         self.unscored_lesions += [who | {"volume_ml": volume} for volume in volumes]
 
     def list_counted_slices(self) -> list[dict]:

@@ -51,7 +51,7 @@ class ScanFiles:
     axes    where the stored axes point, for a header that does not say
     volume  which volume of a file with several, from 0
     bar     whether a progress bar is shown
-    strip   whose brains are extracted, one of `strip.STRIP`; none where the model knows heads
+    strip   whose brains are extracted, one of `scans.STRIP`; none where the model knows heads
     series  the number of the DICOM series, for a folder with several
     """
 

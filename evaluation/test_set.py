@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import DataError, explain, log
+from common.cli import DataError, log
 from common.files import hold_folder, make_folder, open_regular, read_json, write_atomically, write_table
+from common.workers import run_in_workers
 from evaluation.figures import draw_figures
 from evaluation.input_check import refuse_seen
-from evaluation.nifti import name_bids, write_bids_description, write_bids_maps, write_maps
+from evaluation.nifti import name_bids, write_bids_description
 from evaluation.origin import describe_origin
-from evaluation.panels import draw_scan
 from evaluation.predictor import DETECTORS, Predictor
 from evaluation.report import write_report
-from evaluation.results import Results
+from evaluation.results import Results, ScanResult
 from evaluation.table import COLUMNS, describe_counts, format_figure, format_latex, format_markdown
 from evaluation.viewer import Viewers
+from evaluation.worker import DONE, PredictSettings, find_result, predict_scan
 from models.calibration import count_needed_scans
 from preprocessing.cohort import refuse_copies
 from preprocessing.identity import hash_file
@@ -38,10 +39,13 @@ REGION_COLUMNS = (
 )  # fmt: skip
 LESION_COLUMNS = ("label", "scan", "subject", "kind", "lesion", "volume_ml", "covered", "found", "dice", "peak")
 MOST_TABLE_BYTES = 1 << 26
+OPTIONS = ("batch_size", "false_positive_rate", "smallest_ml")  # of a predictor, that a worker's must share
+SCANS_A_WORKER = 8  # fewer are predicted sooner than another process has started
 BEGUN = ".evaluation.json"  # the settings of an unfinished evaluation
 CURE = "give another --out, or delete it if it belongs to an evaluation"
 OWN = (  # files of an evaluation that the next one may not overwrite
-    "error_maps/*/*_slice_*.png", "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
+    f"{DONE}/*/*.json", f"{DONE}/*/*.viewer", "error_maps/*/*_slice_*.png",
+    "montages/*/*.png", "maps/*/*_anomaly.nii.gz", "maps/*/*_mask.nii.gz",
     "bids/dataset_description.json", "bids/README.md", "bids/.bidsignore",
     "bids/sub-*/**/*_desc-anomaly_*.nii.gz", "bids/sub-*/**/*_desc-anomaly_*.json",
     *(f"{name}.{kind}" for name in ("curves_*", "histograms_*", "scores_*", "dice", "detectability", "calibration",
@@ -57,6 +61,8 @@ class TestSet:
     maps, bids      whether NIfTI maps are written, plain and as a BIDS derivative
     panels          slices drawn of each scan: "worst", "all" or how many
     lesions         csv with the columns scan and kind; None: kinds are not known
+    device          "auto", "cpu" or "cuda", of whoever predicts
+    workers, dask   how many scans are predicted at a time here; or the address of a Dask cluster's scheduler
     quiet           no progress bars
     flags           the flags as metrics.json keeps them
     """
@@ -68,6 +74,9 @@ class TestSet:
     bids: bool
     panels: str
     lesions: Path | None
+    device: str
+    workers: int
+    dask: str | None
     quiet: bool
     flags: dict
 
@@ -96,7 +105,7 @@ def fill_folder(
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{test_set.out / 'metrics.json'}: is not a record of an evaluation; {CURE}") from error
     results, viewers = Results(kinds), Viewers()
-    skipped = bad + predict_scans(test_set, predictor, scans, results, viewers)
+    skipped = bad + predict_scans(test_set, predictor, scans, settings["model"], results, viewers)
     content = {
         "settings": settings,
         "flags": test_set.flags,
@@ -189,16 +198,20 @@ def clear_folder(out: Path, settings: dict) -> dict | None:
             if "settings" not in content:
                 raise DataError(f"{path}: is not a record of an evaluation; {CURE}")
             if path == done and content["settings"] == settings:
+                drop_results(out)
                 return content
             older.append(content["settings"])
     if any(other != settings for other in older):
         done.unlink(missing_ok=True)  # first: it is written last, so with it the rest is whole
         delete_own(out)
     write_atomically(begun, json.dumps({"settings": settings}).encode())
-    for folder in ("error_maps", "montages"):
-        for label in LABELS:
-            make_folder(out / folder / label, out)
     return None
+
+
+def drop_results(out: Path) -> None:
+    """Delete what was kept of each scan until the evaluation was whole."""
+    shutil.rmtree(out / DONE, ignore_errors=True)
+    (out / BEGUN).unlink(missing_ok=True)
 
 
 def delete_own(out: Path) -> None:
@@ -215,35 +228,52 @@ def delete_own(out: Path) -> None:
 
 
 def predict_scans(
-    test_set: TestSet, predictor: Predictor, scans: list[StoredScan], results: Results, viewers: Viewers
+    test_set: TestSet,
+    predictor: Predictor,
+    scans: list[StoredScan],
+    model_hash: str,
+    results: Results,
+    viewers: Viewers,
 ) -> int:
-    """Predict every scan, write its maps and pictures, and add it to results and viewers; returns how many could not
-    be read.
-    """
-    out, skipped = test_set.out, 0
-    for label in LABELS if test_set.maps else ():
-        make_folder(out / "maps" / label, out)
+    """Predict the scans that are not yet, and add all to results and viewers; returns how many could not be read."""
+    out, bids_names, raw = test_set.out, [""] * len(scans), None
+    for folder in (DONE, "error_maps", "montages", *["maps"] * test_set.maps):
+        for label in LABELS:
+            make_folder(out / folder / label, out)
     if test_set.bids:
         make_folder(out / "bids", out)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
         raw = Path(os.path.commonpath([Path(scan.record["source"]).absolute().parent for scan in scans]))
-        write_bids_description(out / "bids", raw, hash_file(test_set.run / "model.pt"))
-    for number, stored in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
-        try:
-            prediction = predictor.predict(stored.load())
-            if test_set.maps:
-                write_maps(out / "maps" / stored.label / stored.name, prediction)
-            if test_set.bids:
-                write_bids_maps(out / "bids", bids_names[number], prediction, raw)
-            draw_scan(out, prediction, test_set.panels)
-        except (DataError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-                raise
-            log.warning("skipped %s", f"{stored.folder}: {explain(error)}" if isinstance(error, OSError) else error)
+        write_bids_description(out / "bids", raw, model_hash)
+    settings = PredictSettings(
+        model=test_set.run / "model.pt",
+        model_hash=model_hash,
+        device=test_set.device,
+        options=tuple(
+            (name, getattr(predictor, name)) for name in ("batch_size", "false_positive_rate", "smallest_ml")
+        ),
+        out=out,
+        maps=test_set.maps,
+        bids=raw,
+        panels=test_set.panels,
+    )
+    missing = [number for number, scan in enumerate(scans) if not find_result(out, scan)[0].exists()]
+    if len(missing) < len(scans):
+        log.info("%d of %d scans were predicted before", len(scans) - len(missing), len(scans))
+    on_gpu = predictor.calibration.intensity.is_cuda
+    workers = 1 if on_gpu else min(test_set.workers, 1 + len(missing) // SCANS_A_WORKER)
+    calls = [(scans[number], bids_names[number], settings) for number in missing]
+    running = run_in_workers(predict_scan, calls, workers, test_set.dask)
+    skipped, missing = 0, set(missing)
+    for number, scan in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
+        if number in missing and (why := next(running)):
+            log.warning("skipped %s", why)
             skipped += 1
             continue
-        results.add(prediction)
-        viewers.add(prediction)
+        path, viewer = find_result(out, scan)
+        result = ScanResult.read(path)
+        results.add(result)
+        viewers.add(result.scan, result.viewer_bytes, viewer)
     if not results.scans:
         raise DataError(f"{test_set.data}: not one of its {len(scans)} scans could be read; preprocess again")
     return skipped
@@ -260,9 +290,9 @@ def write_results(test_set: TestSet, predictor: Predictor, results: Results, vie
     write_atomically(out / "table.tex", f"{format_latex({name: content})}\n".encode(errors="backslashreplace"))
     healthy = {"scan": predictor.calibration.scan_scores, "slice": predictor.calibration.slice_scores}
     healthy = {level: scores.cpu().numpy() for level, scores in healthy.items()}
-    write_report(out, content, results, draw_figures(out, results, content, healthy), viewers)
+    write_report(out, content, results, draw_figures(out, results, content, healthy), viewers.read())
     write_atomically(out / "metrics.json", json.dumps(content, indent=1).encode())
-    (out / BEGUN).unlink()
+    drop_results(out)
 
 
 def log_figures(content: dict) -> None:

@@ -8,6 +8,9 @@ the brain, in rows of TILES, the nose up.
 from __future__ import annotations
 
 import io
+import json
+import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -127,26 +130,27 @@ def count_bytes(packed: dict) -> int:
 
 
 class Viewers:
-    """The packed scans of an evaluation, as many as a page holds; flagged scans stay before others, then high scores.
-
-    kept  {(label, scan): what `pack_scan` gives}
-    """
+    """The packed scans of a page, as many as it holds; flagged scans stay before others, then high scores."""
 
     def __init__(self, most_bytes: int = PAGE_BYTES):
         self.most_bytes = most_bytes
-        self.kept: dict[tuple[str, str], dict] = {}
-        self._ranks: dict[tuple[str, str], tuple[bool, float]] = {}
-        self._lowest = (False, -np.inf)  # rank of the last one that did not fit
+        self._kept: dict[tuple[str, str], tuple[tuple[bool, float], int, Path]] = {}  # rank, bytes, file
+        self._lowest = (False, -math.inf)  # rank of the last one that did not fit
 
-    def add(self, prediction: Prediction) -> None:
-        """Pack a scan; leave out those of the lowest rank that do not fit."""
-        row = prediction.scan_row
-        key, rank = (row["label"], row["scan"]), (bool(row["flagged"]), row["score"])
+    def add(self, row: dict, size: int, path: Path) -> None:
+        """Add a scan by its row, packed in a JSON file of `count_bytes` size; files that do not fit are deleted."""
+        rank = (row["flagged"], row["score"])
         if rank < self._lowest:
+            path.unlink(missing_ok=True)
             return
-        self.kept[key], self._ranks[key] = pack_scan(prediction), rank
-        total = sum(map(count_bytes, self.kept.values()))
-        while total > self.most_bytes and len(self.kept) > 1:
-            lowest = min(self.kept, key=self._ranks.get)
-            self._lowest = self._ranks[lowest]
-            total -= count_bytes(self.kept.pop(lowest))
+        self._kept[row["label"], row["scan"]] = rank, size, path
+        total = sum(size for _, size, _ in self._kept.values())
+        while total > self.most_bytes and len(self._kept) > 1:
+            key = min(self._kept, key=lambda key: self._kept[key][0])
+            self._lowest, size, path = self._kept.pop(key)
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def read(self) -> dict[tuple[str, str], dict]:
+        """{(label, scan): what `pack_scan` gave} of those that fit."""
+        return {key: json.loads(path.read_text()) for key, (_, _, path) in self._kept.items()}

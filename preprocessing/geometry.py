@@ -145,10 +145,13 @@ class Geometry:
             )
             for axis in (0, 1)
         )
+        # Sparse products, as in `_resample`: dense ones give other last digits with another number of threads.
+        rows, columns = sparse.csr_array(rows), sparse.csr_array(columns)
         canonical = np.full(shape, np.nan, dtype=np.float32)
         for index, plane, known in zip(self.slices, stack, scored, strict=True):
-            share = _apply(known.astype(np.float32), rows, columns)
-            values = _apply(np.where(known, plane, 0).astype(np.float32), rows, columns)
+            share, values = (
+                (columns @ (rows @ part.astype(np.float32)).T).T for part in (known, np.where(known, plane, 0))
+            )
             # A brain voxel at the rim takes the value of the brain pixels beside it, so a small share is enough.
             canonical[:, :, index] = np.where(share > 0.05, values / np.maximum(share, 1e-6), np.nan).T
         if self.straight:
@@ -321,8 +324,3 @@ def _scale_planes(values: np.ndarray, brain: np.ndarray, low: float, high: float
 def _freeze(value):
     """Lists as tuples, at any depth."""
     return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
-
-
-def _apply(plane: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Resample a plane: rows @ plane @ columns.T."""
-    return np.matmul(np.matmul(rows, plane), columns.T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
@@ -30,14 +29,6 @@ HEADER_BYTES, MOST_OFFSET, MOST_MAT_BYTES = 1024, 1 << 26, 1 << 16
 FORMATS = [kind for kind in nib.imageclasses.all_image_classes if issubclass(kind, (nib.AnalyzeImage, nib.MGHImage))]
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what matters about a header is checked below
-
-
-def parse_axes(text: str) -> str:
-    """Three letters, one of L and R, one of P and A, one of I and S: the type of --axes."""
-    axes = text.upper()
-    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ("LR", "PA", "IS")):
-        raise argparse.ArgumentTypeError(f"{text}: give where the three axes point, such as ASL or RAS")
-    return axes
 
 
 class Image(NamedTuple):

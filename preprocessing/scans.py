@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = os.path.realpath(Path(__file__).resolve().parents[1] / "Dataset" / "example")  # scans to try
 SPLITS = ("train", "val", "test")
+STRIP = ("auto", "never", "always")  # whose brains are extracted: of heads without a mask, of none, of every scan
 MODALITIES = ("t1", "t2", "flair", "t1ce")
 DIAGNOSES = ("normal", "abnormal")
 LABELS = (*DIAGNOSES, "unlabelled")  # of scans of which nobody has said yet; for testing alone

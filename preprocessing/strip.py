@@ -16,7 +16,6 @@ from preprocessing.volume import BRAIN_ML, Volume
 if TYPE_CHECKING:
     from deepbet import BrainExtraction
 
-STRIP = ("auto", "never", "always")  # heads without a mask alone, nothing, or every scan
 PROBABLE = 0.5  # a voxel with a higher probability is brain
 
 

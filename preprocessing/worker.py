@@ -36,7 +36,7 @@ class CutSettings:
     fov_mm  side of a slice in mm; None: 200 for brains, 256 for heads
     volume  which volume of a file with several, from 0
     lesion_labels  the labels of a lesion mask that are lesion; None: all
-    strip   whose brains are extracted, one of `strip.STRIP`
+    strip   whose brains are extracted, one of `scans.STRIP`
     """
 
     keep: float

@@ -15,9 +15,9 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.spatial.transform import Rotation
 
-from preprocessing import demo_cohort
-from preprocessing.demo_cohort import CohortSettings, make_cohort
+from preprocessing import simulated_cohort
 from preprocessing.preprocess_oasis import main as preprocess
+from preprocessing.simulated_cohort import CohortSettings, make_cohort
 
 SIZE = 32
 
@@ -26,7 +26,7 @@ SIZE = 32
 def template_is_read_once():
     """To read and smooth the simulator's template takes longer than to make a tiny cohort of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_cohort, "load_template", functools.cache(demo_cohort.load_template))
+        patch.setattr(simulated_cohort, "load_template", functools.cache(simulated_cohort.load_template))
         yield
 
 

@@ -12,8 +12,9 @@ from nilearn.datasets import load_mni152_brain_mask
 from scipy import ndimage
 
 from common.cli import DataError
-from preprocessing import demo_cohort
-from preprocessing.demo_cohort import ORIENTATIONS, CohortSettings, main, make_cohort, save_volume
+from preprocessing import simulated_cohort
+from preprocessing.demo_cohort import main
+from preprocessing.simulated_cohort import ORIENTATIONS, CohortSettings, make_cohort, save_volume
 from preprocessing.simulator import KINDS
 
 TINY = CohortSettings(train=3, val=1, test_normal=1, test_abnormal=4, voxel_size_mm=4.0)
@@ -98,7 +99,7 @@ def test_cut_off_cohort_is_gone_on_with(cohort, tmp_path):
 
 def test_second_call_does_no_work(cohort, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in cohort.rglob("*")}
-    monkeypatch.setattr(demo_cohort, "load_template", lambda _: pytest.fail("made again"))
+    monkeypatch.setattr(simulated_cohort, "load_template", lambda _: pytest.fail("made again"))
     assert make_cohort(cohort, TINY) == (0, 9)
     assert {path: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
 

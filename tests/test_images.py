@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import preprocessing.images as images
-from common.cli import DataError
-from preprocessing.images import parse_axes, read_image
+from common.cli import DataError, parse_axes
+from preprocessing.images import read_image
 from tests.conftest import ALL_AXES, make_head, store
 
 

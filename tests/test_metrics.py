@@ -1,5 +1,7 @@
 """Metrics agree with scikit-learn, with values worked by hand and with what statistics books say."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -10,6 +12,7 @@ from evaluation.metrics import (
     auroc,
     average_precision,
     best_dice,
+    count_voxels,
     counted_auroc,
     counted_average_precision,
     counted_dice,
@@ -23,9 +26,13 @@ from evaluation.metrics import (
 )
 
 
-def count_voxels(scores, lesion, subject="a") -> VoxelCounts:
+def count(scores, lesion) -> dict:
+    return json.loads(json.dumps(count_voxels(np.array(scores, dtype=np.float32), np.array(lesion, dtype=bool))))
+
+
+def make_counts(scores, lesion) -> VoxelCounts:
     counts = VoxelCounts()
-    counts.add(subject, np.array(scores, dtype=np.float32), np.array(lesion, dtype=bool))
+    counts.add("a", count(scores, lesion))
     return counts
 
 
@@ -118,7 +125,7 @@ def test_voxel_metrics_against_scikit_learn():
     for subject in ("a", "b", "c", "a"):
         lesion = rng.random(3000) < 0.05
         scores = np.exp(rng.normal(size=3000) + 1.5 * lesion).astype(np.float32)
-        counts.add(subject, scores, lesion)
+        counts.add(subject, count(scores, lesion))
         all_scores.append(scores)
         all_lesions.append(lesion)
     scores, lesion = np.concatenate(all_scores), np.concatenate(all_lesions)
@@ -135,7 +142,7 @@ def test_voxel_metrics_against_scikit_learn():
 
 
 def test_voxel_metrics_by_hand():
-    counts = count_voxels([8, 4, 4, 2, 1, 1], [1, 1, 0, 0, 1, 0])
+    counts = make_counts([8, 4, 4, 2, 1, 1], [1, 1, 0, 0, 1, 0])
     thresholds, dice = counts.dice_curve()
     assert thresholds.tolist() == [8, 4, 2, 1]
     np.testing.assert_allclose(dice, [2 / 4, 4 / 6, 4 / 7, 6 / 9])
@@ -150,27 +157,26 @@ def test_voxel_metrics_by_hand():
 
 def test_a_score_of_a_voxel_is_known_to_four_thousandths():
     scores = np.linspace(1, 2, 10001)[:-1]
-    thresholds, _ = count_voxels(scores, np.zeros(len(scores))).dice_curve()
+    thresholds, _ = make_counts(scores, np.zeros(len(scores))).dice_curve()
     assert len(thresholds) == 256
     np.testing.assert_allclose(thresholds, np.arange(256)[::-1] / 256 + 1), "each the lower end of its bin"
-    assert count_voxels([-1, 0], [1, 0]).dice_curve()[0].tolist() == [0], "no score is below 0"
+    assert make_counts([-1, 0], [1, 0]).dice_curve()[0].tolist() == [0], "no score is below 0"
 
 
 def test_voxels_are_counted_by_subject():
-    counts, other = count_voxels([2, 1], [1, 0]), VoxelCounts()
-    other.add("b", np.array([2], np.float32), np.array([True]))
-    counts.join(other)
-    counts.join(count_voxels([2, 2, 4], [1, 0, 1]))
+    counts = make_counts([2, 1], [1, 0])
+    counts.add("b", count([2], [1]))
+    counts.add("a", count([2, 2, 4], [1, 0, 1]))
     thresholds, table = counts.table()
     assert thresholds.tolist() == [4, 2, 1]
     np.testing.assert_array_equal(table, [[[0, 1, 1], [1, 2, 0]], [[0, 0, 0], [0, 1, 0]]])
     assert counts.hold_lesions()
-    assert not count_voxels([1, 2], [0, 0]).hold_lesions()
+    assert not make_counts([1, 2], [0, 0]).hold_lesions()
 
 
 def test_the_interval_of_dice_is_over_subjects():
-    counts = count_voxels([8], [1])  # all of its lesion is flagged, none of the other's
-    counts.join(count_voxels([1], [1], "b"))
+    counts = make_counts([8], [1])  # all of its lesion is flagged, none of the other's
+    counts.add("b", count([1], [1]))
     assert counts.figures(2)["dice"] == {"value": pytest.approx(2 / 3), "low": 0, "high": 1}
 
 

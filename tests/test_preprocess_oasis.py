@@ -170,7 +170,7 @@ def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.preprocess_oasis.preprocess_scan", stop)
+        patch.setattr("preprocessing.dataset.preprocess_scan", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tree / "raw", tree / "out")
     assert read_record(tree / "out")["splits"] == {"a": "train", "b": "val", "c": "test"}

@@ -13,7 +13,6 @@ from PIL import Image
 from evaluation.cards import name_anchors, select_scans
 from evaluation.report import write_report
 from evaluation.results import Results
-from evaluation.viewer import Viewers
 from tests.test_table import make_metrics
 
 
@@ -113,11 +112,8 @@ def make_page(out, scans: list[dict], regions: list[dict] = (), viewers: dict | 
     ]
     results = Results({})
     results.scans, results.slices, results.regions = scans, slices, list(regions)
-    kept = Viewers()
-    kept.kept = viewers or {}
-    write_report(
-        out, make_content(**changes), results, {"Dice & more": ("dice.pdf", "data:image/svg+xml;base64,AAAA")}, kept
-    )
+    figures = {"Dice & more": ("dice.pdf", "data:image/svg+xml;base64,AAAA")}
+    write_report(out, make_content(**changes), results, figures, viewers or {})
     return Page((out / "report.html").read_text())
 
 
@@ -171,7 +167,7 @@ def test_what_was_not_plain_in_a_scan_stands_with_it(tmp_path):
     results.scans = [make_row("a", 1.0), make_row("b", 2.0)]
     results.slices = [{"label": "normal", "scan": name, "slice": 7, "score": 1} for name in "ab"]
     results.warnings["normal", "a"] = ("its axes are <oblique>",)
-    write_report(tmp_path, make_content(), results, {}, Viewers())
+    write_report(tmp_path, make_content(), results, {}, {})
     page = (tmp_path / "report.html").read_text()
     assert page.count("its axes are &lt;oblique&gt;") == 1
     assert page.index("its axes are") > page.index('id="scan-normal-a"') > page.index('id="scan-normal-b"')

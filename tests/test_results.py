@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from common.cli import DataError
+from evaluation.metrics import count_voxels
 from evaluation.predictor import DETECTORS
-from evaluation.results import Results
+from evaluation.results import Results, ScanResult
 from tests.predictions import make_prediction
 
 KNOWN = {"without_lesion_mask": 0, "unlike_calibration": 0}
@@ -32,16 +34,15 @@ def add_prediction(results: Results, name="one_T1w", label="abnormal", lesion=Tr
     made = make_prediction(lesion=lesion)
     scan = replace(made.scan, name=name, label=label, **changes)
     row = make_scan_row(label, name, 5.0, lesion_known=lesion, subject=scan.subject)
-    results.add(
-        replace(
-            made,
-            scan=scan,
-            maps=dict.fromkeys(DETECTORS, made.maps["score"]),
-            slice_rows=[make_slice(label, name, 24, 5.0)],
-            scan_row=row,
-            regions=[{"volume_ml": 1.0, "peak_x_mm": 40.0, "peak_y_mm": 40.0, "peak_z_mm": 110.0}],
-        )
+    made = replace(
+        made,
+        scan=scan,
+        maps=dict.fromkeys(DETECTORS, made.maps["score"]),
+        slice_rows=[make_slice(label, name, 24, 5.0)],
+        scan_row=row,
+        regions=[{"volume_ml": 1.0, "peak_x_mm": 40.0, "peak_y_mm": 40.0, "peak_z_mm": 110.0}],
     )
+    results.add(ScanResult.of(made))
     return results
 
 
@@ -65,6 +66,16 @@ def test_a_prediction_is_kept_as_rows_and_counts():
         assert thresholds.tolist() == [8, 1]
         np.testing.assert_array_equal(table, [[[0, brain - lesion_pixels], [lesion_pixels, 0]]])
     assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1} | KNOWN
+
+
+def test_what_is_kept_of_a_scan_is_the_same_after_it_lay_on_disk(tmp_path):
+    made = make_prediction()
+    kept = ScanResult.of(replace(made, maps=dict.fromkeys(DETECTORS, made.maps["score"])), viewer_bytes=7)
+    kept.save(tmp_path / "scan.json")
+    assert ScanResult.read(tmp_path / "scan.json") == kept
+    (tmp_path / "scan.json").write_text('{"older": 1}')
+    with pytest.raises(DataError, match=r"scan\.json: is not a result of this version; delete it"):
+        ScanResult.read(tmp_path / "scan.json")
 
 
 def test_the_kind_of_a_lesion_goes_by_the_name_with_and_without_the_contrast():
@@ -113,7 +124,7 @@ def make_measured(masks_known: bool = True) -> Results:
         ]
     scores = np.array([8, 4, 4, 2, 1, 1], np.float32)
     for counts in results.voxels.values():
-        counts.add("a", scores, np.array([1, 1, 0, 0, 1, 0], bool))
+        counts.add("a", count_voxels(scores, np.array([1, 1, 0, 0, 1, 0], bool)))
     return results
 
 
@@ -231,7 +242,8 @@ def test_a_scan_that_does_not_fit_the_calibration_is_counted_and_says_so():
     results, made = make_results(), make_prediction()
     for name, misfit in (("fits", None), ("not", 2.56)):
         scan = replace(made.scan, name=name, warnings=("low",))
-        results.add(replace(made, scan=scan, maps=dict.fromkeys(DETECTORS, made.maps["score"]), misfit=misfit))
+        made = replace(made, scan=scan, misfit=misfit, scan_row=make_scan_row("abnormal", name, 5.0))
+        results.add(ScanResult.of(made))
     assert results.count()["unlike_calibration"] == 1
     assert results.warnings["abnormal", "fits"] == ["low"]
     misfit = results.warnings["abnormal", "not"][1]

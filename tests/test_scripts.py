@@ -28,6 +28,18 @@ def test_help_by_path_and_as_module(script, tmp_path):
         assert result.stdout.startswith("usage:")
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.startswith("benchmarks")])
+def test_help_waits_for_no_library(script, tmp_path):
+    """They take seconds to load."""
+    code = (
+        f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_path({str(PROJECT / script)!r}, run_name='__main__')"
+    )
+    loaded = run_script("-X", "importtime", "-c", code, cwd=tmp_path).stderr
+    libraries = {line.split("|")[-1].strip() for line in loaded.splitlines()}
+    assert "yaml" in libraries
+    assert not libraries & {"torch", "numpy", "nibabel", "scipy", "sklearn", "skimage", "matplotlib", "joblib"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

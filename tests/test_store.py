@@ -213,6 +213,7 @@ def test_leftovers_of_killed_processes_are_cleared_and_nothing_else(tmp_path):
 
 def test_a_worker_whose_leftover_is_cleared_while_it_writes_leaves_nothing(tmp_path, monkeypatch):
     """It outlived its killed parent; the next run clears leftovers. Half of a scan must not get the scan's name."""
+
     def clear_first(index):
         if index == RECORD["slices"][-1]:
             (partial,) = tmp_path.rglob(".*.partial")

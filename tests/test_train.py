@@ -18,7 +18,7 @@ from preprocessing.store import list_scans
 from preprocessing.subjects import key_subject
 from tests.conftest import TINY
 from tests.test_scripts import PROJECT, run_script
-from training.train import find_training_scans
+from training.run import find_training_scans
 from training.trainer import Trainer
 
 
@@ -67,7 +67,7 @@ def test_from_disk_equals_in_memory(processed, run, tmp_path):
 def test_a_resumed_run_keeps_its_precision(processed, tmp_path, monkeypatch, capsys):
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--precision", "auto"]
     for measured, line in (("bf16", "bf16 on cpu: it is"), ("fp32", "bf16 on cpu: as this run began")):
-        monkeypatch.setattr(training, "choose_precision", lambda device, measured=measured: (measured, "it is"))
+        monkeypatch.setattr("training.run.choose_precision", lambda device, measured=measured: (measured, "it is"))
         assert training.main(command) == 0
         assert capsys.readouterr().out.startswith(line)
         (tmp_path / "run/model.pt").unlink()
@@ -247,7 +247,7 @@ def test_slices_made_otherwise_are_refused(processed, tmp_path):
 def take_config(monkeypatch, *flags) -> dict:
     """The configuration that these flags give."""
     seen = []
-    monkeypatch.setattr(training, "train", lambda config, *_: seen.append(config))
+    monkeypatch.setattr("training.run.train", lambda config, *_: seen.append(config))
     assert training.main([*flags, "--device", "cpu"]) == 0
     return seen[0]
 

@@ -11,7 +11,8 @@ from common.cli import DataError
 from models.checkpoint import load_model
 from preprocessing.store import StoredScan, list_scans
 from tests.conftest import TINY
-from training.train import find_training_scans
+from training.run import find_training_scans
+from training.trainer import Trainer
 
 
 def make_other(processed: Path, folder: Path) -> Path:
@@ -59,8 +60,8 @@ def test_one_folder_is_recorded_as_ever(processed, run):
 def test_the_slices_of_each_folder_are_counted(processed, other, tmp_path, monkeypatch):
     shutil.rmtree(next(list_scans(other / "train")).folder)
     counts = []
-    monkeypatch.setattr(training.Trainer, "fit", lambda self: counts.append(self.train.slices_by_scanner))
-    monkeypatch.setattr(training.Trainer, "finish", lambda self: self.best.update(step=0))
+    monkeypatch.setattr(Trainer, "fit", lambda self: counts.append(self.train.slices_by_scanner))
+    monkeypatch.setattr(Trainer, "finish", lambda self: self.best.update(step=0))
     flags = ["--data", str(processed), str(other), "--run", str(tmp_path / "run"), *TINY]
     assert training.main(flags) == 0
     expected = [sum(len(scan.indices) for scan in list_scans(data / "train")) for data in (processed, other)]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from dataclasses import replace
 
 import nibabel as nib
@@ -95,13 +96,16 @@ def test_a_scan_without_a_lesion_mask_has_none():
     assert not unpack(packed, "coded")[..., 2].any()
 
 
-def test_a_page_keeps_flagged_scans_and_then_those_of_the_highest_scores():
-    made = make_prediction(slices=2)
-    one = count_bytes(pack_scan(made))
+def test_a_page_keeps_flagged_scans_and_then_those_of_the_highest_scores(tmp_path):
+    packed = pack_scan(make_prediction(slices=2))
+    one = count_bytes(packed)
     viewers = Viewers(most_bytes=3 * one)
     for name, score, flagged in (("a", 9, False), ("b", 1, True), ("c", 7, False), ("d", 5, False), ("e", 8, False)):
-        viewers.add(replace(made, scan_row=made.scan_row | {"scan": name, "score": score, "flagged": flagged}))
-    assert sorted(scan for _, scan in viewers.kept) == ["a", "b", "e"]
+        path = tmp_path / name
+        path.write_text(json.dumps(packed | {"name": name}))
+        viewers.add({"label": "normal", "scan": name, "score": score, "flagged": flagged}, one, path)
+    assert {key[1]: kept["name"] for key, kept in viewers.read().items()} == {name: name for name in "abe"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e"], "what does not fit takes no room"
 
 
 def test_the_palette_is_that_of_the_pictures():

@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 from torch.utils.data import ConcatDataset
 from tqdm import trange
 
-from common.device import fits_in_memory
+from common.cli import DataError, log
+from common.device import fits_in_memory, keep_freed_memory
+from common.files import hold_folder
 from models.autoencoder import MODELS
-from models.calibration import Calibration
-from preprocessing.store import StoredScan
+from models.calibration import Calibration, count_needed_scans
+from models.checkpoint import PRETRAINED, load_model, save_checkpoint
+from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
 from training.trainer import Trainer
 
+FEW_SCANS = 10
 STEPS = 600
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 3e-4  # a third of that of a training: what the model knows is to stay
+
+
+def calibrate(args: argparse.Namespace, device: torch.device) -> None:
+    """Write `out`/model.pt: the model of a run, adapted to these scans and calibrated on them. args: calibrate.py's."""
+    run, steps = args.run or PRETRAINED, STEPS if args.steps is None else args.steps
+    if args.out.resolve() == run.resolve() or (args.out / "last.pt").exists():
+        raise DataError(f"{args.out}: holds a training run; give another --out")
+    keep_freed_memory()
+    content = load_run(run, device)
+    scans = find_scans(args.data, args.unlabelled)
+    check_same_settings(scans, content["slices"])
+    seen = set(content["seen"])
+    if known := sum(not seen.isdisjoint(scan.hashes) for scan in scans):
+        log.warning("%d of these scans are known to the model; those that it was trained on look too normal", known)
+    with hold_folder(args.out, "--out"):
+        content = adapt(content, scans, steps, device, robust=args.unlabelled, quiet=args.quiet)
+        save_checkpoint(args.out / "model.pt", content)
+    log.info("calibrated on %d scans; model in %s", len(scans), args.out / "model.pt")
+    if args.unlabelled:
+        log.info("it is not known that these scans are healthy: p-values compare a scan with this cohort")
+    for rate in (0.05, 0.1):
+        if count_needed_scans(rate) > len(scans):
+            log.info("a false-positive rate of %g needs %d scans", rate, count_needed_scans(rate))
+
+
+def find_scans(data: Path, unlabelled: bool) -> list[StoredScan]:
+    """The scans to calibrate on: those under normal/, or all of a cohort. DataError for fewer than two subjects."""
+    scans = [scan for scan in list_scans(data) if unlabelled or scan.label == "normal"]
+    subjects = len({key_subject(scan.subject) for scan in scans})
+    if subjects < 2:
+        kind = "" if unlabelled else "normal "
+        raise DataError(f"{data}: holds {kind}scans of {subjects} subjects; give those of {FEW_SCANS} or more")
+    if len(scans) < FEW_SCANS:
+        log.warning("%d scans are few to calibrate on; give %d or more", len(scans), FEW_SCANS)
+    return scans
+
+
+def load_run(run: Path, device: torch.device) -> dict:
+    """The content of the run's model.pt; DataError where it lacks what a new calibration needs."""
+    path = run / "model.pt"
+    _, content = load_model(path, device)
+    missing = {"slices", "seen", "precision"} - content.keys()
+    if missing:
+        raise DataError(f"{path}: does not hold a model of this version ({', '.join(sorted(missing))}); train again")
+    return content
 
 
 def adapt(
