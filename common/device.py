@@ -9,7 +9,6 @@ import sys
 import psutil
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from common import distributed
 
@@ -45,6 +44,8 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
 
 def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
     """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several."""
+    from torch.utils.benchmark import Timer  # slow to import
+
     images, channels, size = 16, 64, 32
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=precision)
     layer = layer.to(memory_format=torch.channels_last)

@@ -4,6 +4,8 @@ A figure is {"value", "low", "high"}. Intervals are 95 % percentile bootstrap in
 every subject by how often it was drawn, so the slices, lesions and voxels of one subject stay together. Shares of
 lesions and of scans have exact intervals, which do not shrink to nothing at 0 and 1. Resamples work on counts
 (..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds falling.
+
+A single scan needs no figures, so what takes long to import is imported where a figure is computed.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
-from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 BIN_BITS = 15  # a bin holds the scores that share all but the last 15 bits: at most 0.4 % wide
 RESAMPLES = 2000
@@ -25,12 +25,16 @@ VOLUME_BINS = ["under 0.3 ml", "0.3–1 ml", "1–3 ml", "3–10 ml", "10 ml and
 
 def auroc(labels, scores, subjects) -> dict:
     """Area under the ROC curve of (n,) labels (True = abnormal) and scores: {"value", "low", "high"}."""
+    from sklearn.metrics import roc_auc_score
+
     interval = _intervals({"": counted_auroc}, tabulate(labels, scores, subjects))[""]
     return {"value": float(roc_auc_score(labels, scores))} | interval
 
 
 def average_precision(labels, scores, subjects) -> dict:
     """Area under the precision-recall curve, as a step function: {"value", "low", "high"}."""
+    from sklearn.metrics import average_precision_score
+
     interval = _intervals({"": counted_average_precision}, tabulate(labels, scores, subjects))[""]
     return {"value": float(average_precision_score(labels, scores))} | interval
 
@@ -46,6 +50,8 @@ def mean(values, subjects) -> dict:
 
 def share(flags: list[bool]) -> dict:
     """How often something is True, with its exact (Clopper-Pearson) 95 % interval: {"value", "low", "high"}."""
+    from scipy.stats import binomtest
+
     interval = binomtest(sum(flags), len(flags)).proportion_ci(method="exact")
     return {"value": sum(flags) / len(flags), "low": interval.low, "high": interval.high}
 

@@ -27,7 +27,7 @@ from evaluation.colours import (
     list_ticks,
     overlay,
 )
-from evaluation.places import find_file_slice, find_mm, format_mm, name_slice, number_regions
+from evaluation.places import find_file_slice, find_mm, format_mm, name_slice
 from evaluation.predictor import Prediction
 from evaluation.table import format_p
 from preprocessing.geometry import Geometry
@@ -47,7 +47,7 @@ def draw_panels(prediction: Prediction, shown: list[int], title: str) -> plt.Fig
     def add_axes(left: float, bottom: float, wide: float, tall: float) -> plt.Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, tall / height))
 
-    names, numbers = ("slice", "reconstruction", "signed residual", "anomaly map"), number_regions(prediction)
+    names, numbers = ("slice", "reconstruction", "signed residual", "anomaly map"), prediction.region_numbers
     for row, i in enumerate(shown):
         bottom = height - top - (row + 1) * (side + 0.06) + 0.06
         axes = [add_axes(left, bottom, side, side) for left in (0.06, 2.69, 5.32, 8.87)]
@@ -113,7 +113,7 @@ def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     _draw_line(axis, tile(anomaly, 0), prediction.threshold, BORDER_COLOUR)
     if scan.lesion is not None:
         _draw_line(axis, tile(scan.lesion[shown].astype(np.float32), 0), 0.5, LESION_COLOUR)
-    _write_numbers(axis, tile(_keep_largest(number_regions(prediction)[shown]), 0))
+    _write_numbers(axis, tile(_keep_largest(prediction.region_numbers[shown]), 0))
     for place, i in enumerate(shown):
         row, column = divmod(place, COLUMNS)
         axis.text((column + 0.03) * wide, (row + 0.02) * tall, _name_tile(scan.geometry, i), fontsize=7, va="top")

@@ -7,7 +7,6 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt
 
 from evaluation.predictor import Prediction
-from evaluation.regions import label_regions
 from preprocessing.geometry import Geometry
 
 FILE_AXES = "ijk"  # as NIfTI calls the stored axes
@@ -40,20 +39,6 @@ def format_mm(value: float) -> str:
     return str(round(value))
 
 
-def number_regions(prediction: Prediction) -> np.ndarray:
-    """(n, H, W) int: the number, from 1, of the listed region that each pixel of the stack lies in; 0: in none."""
-    numbers = np.zeros(prediction.anomaly.shape, int)
-    pixels = np.argwhere(np.nan_to_num(prediction.anomaly) >= prediction.threshold)
-    if len(pixels) and prediction.regions:
-        labels = label_regions(prediction.native_map, prediction.threshold)
-        labels[labels > len(prediction.regions)] = 0  # too small to be listed
-        to_native = np.linalg.inv(prediction.affine) @ prediction.scan.geometry.stack_affine
-        voxels = np.rint(nib.affines.apply_affine(to_native, pixels[:, ::-1])).astype(int)
-        inside = ((voxels >= 0) & (voxels < labels.shape)).all(axis=1)
-        numbers[tuple(pixels[inside].T)] = labels[tuple(voxels[inside].T)]
-    return numbers
-
-
 def describe_regions(prediction: Prediction) -> list[dict]:
     """The prediction's regions, each with what a reader asks next.
 
@@ -62,7 +47,7 @@ def describe_regions(prediction: Prediction) -> list[dict]:
     file_axis, file_index  the same as `find_file_slice` says it
     on_lesion   whether it touches a known lesion; None where no lesion mask is known
     """
-    numbers, geometry, lesion = number_regions(prediction), prediction.scan.geometry, prediction.scan.lesion
+    numbers, geometry, lesion = prediction.region_numbers, prediction.scan.geometry, prediction.scan.lesion
     to_stack, described = np.linalg.inv(geometry.stack_affine), []
     for number, region in enumerate(prediction.regions, 1):
         within = numbers == number

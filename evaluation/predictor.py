@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
 
 from common.cli import DataError
 from common.device import find_precision
-from evaluation.regions import list_regions
+from evaluation.regions import label_regions, list_regions
 from models.anomaly import compute_residual, find_median, reconstruct, score_mse, score_scan, score_slices, smooth_map
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
@@ -62,6 +64,20 @@ class Prediction:
     def affine(self) -> np.ndarray:
         """(4, 4) of the native map, to scanner mm."""
         return np.array(self.scan.geometry.affine)
+
+    @cached_property
+    def region_numbers(self) -> np.ndarray:
+        """(n, H, W) int: the number, from 1, of the listed region that each pixel of the stack lies in; 0: in none."""
+        numbers = np.zeros(self.anomaly.shape, int)
+        pixels = np.argwhere(np.nan_to_num(self.anomaly) >= self.threshold)
+        if len(pixels) and self.regions:
+            labels = label_regions(self.native_map, self.threshold)
+            labels[labels > len(self.regions)] = 0  # too small to be listed
+            to_native = np.linalg.inv(self.affine) @ self.scan.geometry.stack_affine
+            voxels = np.rint(nib.affines.apply_affine(to_native, pixels[:, ::-1])).astype(int)
+            inside = ((voxels >= 0) & (voxels < labels.shape)).all(axis=1)
+            numbers[tuple(pixels[inside].T)] = labels[tuple(voxels[inside].T)]
+        return numbers
 
     def rank_slices(self) -> list[int]:
         """The places of the scan's slices in its stack, the highest score first."""

@@ -23,6 +23,7 @@ from evaluation.words import describe_run, explain_terms, list_results, name_run
 from preprocessing.scans import LABELS
 
 NAMES_LISTED = 12
+MOST_SCANS = 1000  # in the page's table; a browser is slow with more
 FILES = {
     "scores.csv": "a row a slice",
     "scans.csv": "a row a scan",
@@ -58,8 +59,10 @@ def write_report(
     viewers  {(label, scan): what `viewer.pack_scan` gives}
     """
     rows = sorted(results.scans, key=lambda row: -row["score"])
-    scans = describe_scans(out, rows, results)
     selected = {id(row): place for place, row in enumerate(select_scans(rows))}
+    left_out = sum(id(row) not in selected for row in rows[MOST_SCANS:])
+    rows = rows[:MOST_SCANS] + [row for row in rows[MOST_SCANS:] if id(row) in selected]
+    scans = describe_scans(out, rows, results)
     chosen = sorted((selected[id(row)], scan) for row, scan in zip(rows, scans, strict=True) if id(row) in selected)
     page = {
         "title": f"Evaluation of {name_run(content)}",
@@ -71,6 +74,7 @@ def write_report(
         "labels": [label for label in LABELS if content["counts"].get(label)],
         "columns": list_columns(rows),
         "scans": scans,
+        "left_out": left_out,
         "selected": [scan for _, scan in chosen],
         "figures": figures,
         "files": {name: words for name, words in FILES.items() if (out / name).exists() or name == "metrics.json"},
@@ -115,7 +119,7 @@ def write_scan_report(
         "files": {files[what]: words for what, words in SCAN_FILES.items() if what in files},
         "viewers": {scans[0]["anchor"]: pack_scan(prediction)},
     }
-    nothing = {"notices": [], "results": [], "labels": [], "columns": [], "selected": [], "figures": {}}
+    nothing = {"notices": [], "results": [], "labels": [], "columns": [], "selected": [], "figures": {}, "left_out": 0}
     write_page(out / files["page"], nothing | page)
 
 

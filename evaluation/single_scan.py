@@ -22,8 +22,7 @@ from evaluation.places import format_mm
 from evaluation.predictor import Prediction, Predictor
 from evaluation.regions import COMMON
 from evaluation.report import write_scan_report
-from evaluation.test_set import explain_no_flag
-from evaluation.words import count_regions
+from evaluation.words import count_regions, explain_no_flag
 from preprocessing.dicom import open_scan
 from preprocessing.scans import spell
 from preprocessing.store import LoadedScan

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = {
     "voxel_ap": "voxel AP",
@@ -23,6 +25,8 @@ BASELINES = {
 
 def make_table(named: dict[str, dict]) -> pd.DataFrame:
     """The table of {name: metrics}, all of the same data, as text; the baselines, which they share, come first."""
+    import pandas as pd  # slow to import, and a single scan needs no table
+
     first = next(iter(named.values()))["figures"]
     rows = {title: first[detector] for detector, title in BASELINES.items()}
     for name, metrics in named.items():

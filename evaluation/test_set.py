@@ -26,8 +26,8 @@ from evaluation.report import write_report
 from evaluation.results import Results, ScanResult
 from evaluation.table import COLUMNS, describe_counts, format_figure, format_latex, format_markdown
 from evaluation.viewer import Viewers
+from evaluation.words import explain_no_flag
 from evaluation.worker import DONE, PredictSettings, find_result, predict_scan
-from models.calibration import count_needed_scans
 from preprocessing.cohort import refuse_copies
 from preprocessing.identity import hash_file
 from preprocessing.scans import LABELS
@@ -205,6 +205,9 @@ def clear_folder(out: Path, settings: dict) -> dict | None:
         done.unlink(missing_ok=True)  # first: it is written last, so with it the rest is whole
         delete_own(out)
     write_atomically(begun, json.dumps({"settings": settings}).encode())
+    for folder in (DONE, "error_maps", "montages"):
+        for label in LABELS:
+            make_folder(out / folder / label, out)
     return None
 
 
@@ -237,9 +240,8 @@ def predict_scans(
 ) -> int:
     """Predict the scans that are not yet, and add all to results and viewers; returns how many could not be read."""
     out, bids_names, raw = test_set.out, [""] * len(scans), None
-    for folder in (DONE, "error_maps", "montages", *["maps"] * test_set.maps):
-        for label in LABELS:
-            make_folder(out / folder / label, out)
+    for label in LABELS if test_set.maps else ():
+        make_folder(out / "maps" / label, out)
     if test_set.bids:
         make_folder(out / "bids", out)
         bids_names = name_bids([(scan.subject, scan.record.get("session")) for scan in scans])
@@ -319,14 +321,3 @@ def log_figures(content: dict) -> None:
             "scans of this scanner (training/calibrate.py)",
             unlike, sum(content["counts"].get(label, 0) for label in LABELS)
         )  # fmt: skip
-
-
-def explain_no_flag(rate: float, known: int) -> str | None:
-    """Why no scan can be flagged at this false-positive rate with so many normal validation scans; None: it can."""
-    if count_needed_scans(rate) <= known:
-        return None
-    least = -(-1000 // (known + 1)) / 1000
-    return (
-        f"no scan can be flagged at {rate:g}: that needs {count_needed_scans(rate)} normal validation scans, the model "
-        f"has {known}; give --false-positive-rate {least:g} or more, or validate on more scans"
-    )

@@ -8,7 +8,7 @@ from evaluation.metrics import FOUND_SHARE
 from evaluation.predictor import DETECTORS, Prediction
 from evaluation.regions import COMMON
 from evaluation.table import COLUMNS, format_figure, format_p
-from models.calibration import VOXELS_FLAGGED
+from models.calibration import VOXELS_FLAGGED, count_needed_scans
 from preprocessing.scans import LABELS
 
 UNRECORDED = "its training set is not recorded: there is no config.json beside model.pt"
@@ -171,3 +171,14 @@ def summarise_scan(prediction: Prediction, verdict: str, false_positive_rate: fl
 def count_regions(regions: list[dict]) -> str:
     """`1 region` or `2 regions`."""
     return f"{len(regions)} region{'s' * (len(regions) != 1)}"
+
+
+def explain_no_flag(rate: float, known: int) -> str | None:
+    """Why no scan can be flagged at this false-positive rate with so many normal validation scans; None: it can."""
+    if count_needed_scans(rate) <= known:
+        return None
+    least = -(-1000 // (known + 1)) / 1000
+    return (
+        f"no scan can be flagged at {rate:g}: that needs {count_needed_scans(rate)} normal validation scans, the model "
+        f"has {known}; give --false-positive-rate {least:g} or more, or validate on more scans"
+    )

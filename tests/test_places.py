@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from evaluation.places import describe_regions, find_file_slice, find_mm, format_mm, name_slice, number_regions
+from evaluation.places import describe_regions, find_file_slice, find_mm, format_mm, name_slice
 from evaluation.regions import list_regions
 from preprocessing.oblique import StraightGrid
 from tests.predictions import make_prediction
@@ -45,7 +45,7 @@ def test_regions_have_their_numbers_on_the_stack_and_know_the_lesion_they_touch(
     native = made.scan.geometry.restore(made.anomaly)
     regions = list_regions(native, made.affine, made.threshold, 0)
     made = replace(made, native_map=native, regions=regions)
-    numbers = number_regions(made)
+    numbers = made.region_numbers
     assert set(np.unique(numbers)) == {0, 1, 2}
     assert (numbers[made.scan.lesion] == 1).all()
     assert (numbers[7, 30:33, 30:33] == 2).all()
@@ -55,4 +55,4 @@ def test_regions_have_their_numbers_on_the_stack_and_know_the_lesion_they_touch(
     assert (second["number"], second["on_lesion"], second["slice"]) == (2, False, 57)
     unknown = replace(made, scan=replace(made.scan, lesion=None))
     assert {region["on_lesion"] for region in describe_regions(unknown)} == {None}
-    assert not number_regions(replace(made, regions=[])).any(), "what is too small to be listed has no number"
+    assert not replace(made, regions=[]).region_numbers.any(), "what is too small to be listed has no number"

@@ -151,6 +151,15 @@ def test_rows_stand_by_falling_score(tmp_path):
     assert re.findall(r'<span class="flag">(\w+)</span>', (tmp_path / "report.html").read_text()) == ["yes"]
 
 
+def test_beyond_a_thousand_scans_the_lowest_are_left_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.report.MOST_SCANS", 3)
+    scans = [make_row(f"s{i}", float(i)) for i in range(6)] + [make_row("missed", 0.5, "abnormal")]
+    page = make_page(tmp_path, scans)
+    assert [cells[0] for cells in page.cells] == ["s5", "s4", "s3", "missed"], "a miss that is shown above"
+    assert "4 scans, the highest score first; 3 more of lower scores are in scans.csv." in page.text
+    assert "scans.csv" not in make_page(tmp_path, scans[:3]).text.split("Files beside")[0]
+
+
 def test_abnormal_scans_without_a_lesion_mask_are_named_before_the_figures(tmp_path):
     scans = [make_row(f"p{i}", 1.0, "abnormal", lesion_known=i > 13) for i in range(15)]
     page = make_page(tmp_path, scans)

@@ -7,7 +7,8 @@ import pytest
 
 from common.cli import DataError
 from evaluation.predictor import DETECTORS
-from evaluation.test_set import clear_folder, explain_no_flag, hash_records, log_figures, read_kinds
+from evaluation.test_set import clear_folder, hash_records, log_figures, read_kinds
+from evaluation.words import explain_no_flag
 from preprocessing.store import list_scans
 
 OWN = [
