@@ -1,18 +1,21 @@
-"""How listing, starting a training run and a second preprocessing grow with the number of scans.
+"""How listing, preprocessing again, training and evaluation grow with the number of scans.
 
-The scans are tiny copies of one. Prints a table of seconds and peak memory, and one JSON line last.
+The scans are tiny copies of one. Of an evaluation, what comes after the prediction of each scan is measured: tables,
+figures and report. Prints a table of seconds and peak memory, and one JSON line last; --plot also draws them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 if not __package__:
@@ -33,15 +36,15 @@ LISTING = "import sys, preprocessing.store as s; scans = list(s.list_scans(s.Pat
 EXAMPLE = "example:\n  python benchmarks/growth.py --scans 1000 5000 20000"
 
 
-def clone_scans(folder: Path, count: int) -> list[str]:
+def clone_scans(folder: Path, count: int, slope: float = 100) -> list[str]:
     """Make `count` tiny scans, raw and preprocessed, from one: the raw files differ in a word of their header.
 
-    Returns the command (without the interpreter) that preprocesses them.
+    Returns the command (without the interpreter) that preprocesses them. With another slope they are other scans.
     """
     raw, processed = folder / "raw", folder / "processed"
     raw.mkdir(parents=True)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (12, 14, 12)], indexing="ij"))
-    values = np.where((grid**2).sum(0) < 0.8, 500 + 100 * grid[0] + 50 * grid[2], 0).astype(np.int16)
+    values = np.where((grid**2).sum(0) < 0.8, 500 + slope * grid[0] + 50 * grid[2], 0).astype(np.int16)
     image = nib.Nifti1Image(values, np.diag([12.0, 12.0, 12.0, 1]))
     image.header["descrip"] = "sub-000000"
     content = image.to_bytes()
@@ -70,6 +73,32 @@ def train_one_step(folder: Path, count: int) -> list[str]:
     return ["training/train.py", *flags]
 
 
+def predict_all(folder: Path, run: Path) -> list[str]:
+    """The command (without the interpreter) that evaluates the cloned scans, each predicted already: copies of one.
+
+    Runs in a process of its own: what a process has loaded counts as memory of those that it starts.
+    """
+    import torch
+
+    from evaluation.predictor import Predictor
+    from evaluation.test_set import TestSet, clear_folder, describe_settings, find_scans
+    from evaluation.worker import PredictSettings, find_result, predict_scan
+
+    out, data = folder / "evaluation", folder / "processed" / "train"
+    predictor = Predictor.load(run / "model.pt", torch.device("cpu"))
+    test_set = TestSet(run, data, out, False, False, "worst", None, "cpu", 1, None, True, {})
+    scans, _ = find_scans(test_set, predictor)
+    out.mkdir()
+    clear_folder(out, settings := describe_settings(test_set, predictor, scans, {}))
+    first, name = scans[0], scans[0].subject
+    predict_scan(first, "", PredictSettings(run / "model.pt", settings["model"], "cpu", (), out, False, None, "worst"))
+    texts = [path.read_text() for path in find_result(out, first)]
+    for scan in scans[1:]:
+        for path, text in zip(find_result(out, scan), texts, strict=True):
+            path.write_text(text.replace(name, scan.subject))
+    return ["evaluation/evaluate.py", "--run", run, "--data", data, "--out", out, "--device", "cpu"]
+
+
 def measure_process(command: list) -> tuple[float, float]:
     """(seconds, peak MB) of a command of this project."""
     began = time.perf_counter()
@@ -83,14 +112,33 @@ def measure_process(command: list) -> tuple[float, float]:
 def measure_growth(counts: list[int], folder: Path) -> dict[str, list[tuple[float, float]]]:
     """{what: [(seconds, peak MB) for each count]}."""
     table = {}
+    clone_scans(folder / "other", 50, slope=80)
+    measure_process(train_one_step(folder / "other", 50))
     for count in counts:
         place = folder / str(count)
         preprocessing = clone_scans(place, count)
         table.setdefault("listing", []).append(measure_process(["-c", LISTING, place / "processed"]))
         table.setdefault("second preprocessing", []).append(measure_process(preprocessing))
         table.setdefault("training of one step", []).append(measure_process(train_one_step(place, count)))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            evaluating = apart.submit(predict_all, place, folder / "other" / "run").result()
+        table.setdefault("evaluation, after the predictions", []).append(measure_process(evaluating))
         shutil.rmtree(place)
     return table
+
+
+def draw(counts: list[int], table: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Seconds and peak memory against the number of scans, both on logarithmic scales."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for place, (axis, label) in enumerate(zip(axes, ("seconds", "peak memory, MB"), strict=True)):
+        for what, row in table.items():
+            axis.loglog(counts, [cell[place] for cell in row], "o-", label=what)
+        axis.set(xlabel="scans", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,9 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--scans", type=bounded(int, least=50), nargs="+", default=[1000, 5000], metavar="N", help="numbers of scans"
     )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the figures into this file")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         table = measure_growth(args.scans, Path(temporary))
+    if args.plot:
+        draw(args.scans, table, args.plot)
     print(f"{'':34}" + "".join(f"{count:>18,} scans" for count in args.scans))
     for what, row in table.items():
         print(f"{what:34}" + "".join(f"{seconds:12.1f} s {mb:6.0f} MB" for seconds, mb in row))

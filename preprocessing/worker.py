@@ -82,7 +82,8 @@ def preprocess_scan(scan: Scan, processed: Path, settings: CutSettings) -> tuple
             place = loaded.geometry.to_record() | {"scale": list(loaded.scale), "skull_off": loaded.skull_off}
             write_scan(folder, loaded.stack, lesion, record | made_with | place, loaded.stripped)
             return "done", ""
-        if any(old.record.get(key) != value for key, value in origin.items()):  # the raw folder was moved
+        record = old.record
+        if any(record.get(key) != value for key, value in origin.items()):  # the raw folder was moved
             change_record(folder, **origin)
         return "unchanged", ""
     except OSError as error:
@@ -113,7 +114,8 @@ def _find_old(folder: Path, made_with: dict) -> StoredScan | None:
         old = read_scan(folder)
     except DataError:  # its record is bad, so it is made again
         return None
-    same = old and "content" in old.record and all(old.record.get(key) == value for key, value in made_with.items())
+    record = old.record if old else {}  # read once: each time, it comes from the disk
+    same = "content" in record and all(record.get(key) == value for key, value in made_with.items())
     return old if same else None
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from models.anomaly import reconstruct
 from models.autoencoder import MODELS
@@ -55,6 +56,31 @@ def test_the_loss_is_summed_over_the_brain():
     assert pixels.item() == 2
     squares, pixels = sum_squares(reconstruction, torch.zeros_like(target))
     assert (squares / pixels).item() == 0
+
+
+class NoteWaits(TorchFunctionMode):
+    """Notes what would make a GPU's program wait until all before it is done: values or sizes that Python needs."""
+
+    WAITS = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__bool__", "__index__", "__array__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function.__name__ in self.WAITS:
+            self.found.append(function.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_never_waits_for_the_device(processed):
+    trainer = make_trainer(processed)
+    clean = next(trainer.read_batches())
+    with NoteWaits() as waits:
+        trainer.unread_losses.append(trainer.train_step(clean))
+        assert waits.found == []
+        trainer.read_losses()
+        assert waits.found == ["tolist"]
 
 
 @pytest.mark.parametrize("model", ["dae", "cae"])
