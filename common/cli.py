@@ -182,6 +182,14 @@ def parse_axes(text: str) -> str:
     return axes
 
 
+def check_run(parser: argparse.ArgumentParser, run: Path | None, data: Path) -> None:
+    """Wrong usage where --run is a file, or --data was given in its place; None: the model that ships."""
+    if run and run.is_file():
+        parser.error(f"--run {run}: is a file; give the folder that it is in")
+    if run and not (run / "model.pt").exists() and (data / "model.pt").exists():
+        parser.error(f"--run {run} holds no model and --data {data} does; swap them")
+
+
 def list_flags(args: argparse.Namespace) -> dict:
     """The flags that decide a result, {name: plain value}, as records keep them under `flags`."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}

@@ -26,6 +26,7 @@ from common.cli import (
     Parser,
     add_device_flag,
     bounded,
+    check_run,
     list_flags,
     log,
     parse_axes,
@@ -118,6 +119,7 @@ def parse_panels(text: str) -> str:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the script as wrong usage does where flags do not go together."""
+    check_run(parser, args.run, args.data)
     if args.brain_mask and len(args.brain_mask) != len(args.scan or ()):
         parser.error("--brain-mask takes one mask for each --scan")
     if args.scan and args.bids:

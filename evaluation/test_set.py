@@ -28,7 +28,7 @@ from evaluation.table import COLUMNS, describe_counts, format_figure, format_lat
 from evaluation.viewer import Viewers
 from evaluation.words import explain_no_flag
 from evaluation.worker import DONE, PredictSettings, find_result, predict_scan
-from preprocessing.cohort import refuse_copies
+from preprocessing.cohort import explain_no_slices, refuse_copies
 from preprocessing.identity import hash_file
 from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
@@ -139,9 +139,7 @@ def find_scans(test_set: TestSet, predictor: Predictor) -> tuple[list[StoredScan
     for error in bad:
         log.warning("skipped %s", error)
     if not scans:
-        raise DataError(
-            f"{data}: no slices in normal/, abnormal/ or unlabelled/; run preprocessing/preprocess_oasis.py first"
-        )
+        raise DataError(explain_no_slices(data, LABELS))
     check_same_settings(scans, predictor.slices)
     refuse_seen(scans, predictor)
     refuse_copies((scan.label, scan) for scan in scans)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from common.cli import DataError, log
 from preprocessing.clinical import Clinical, read_clinical
 from preprocessing.dicom import Listing
 from preprocessing.scans import LABELS, SPLITS, TREE, Scan, Search, explain_no_scans, search
-from preprocessing.store import StoredScan
+from preprocessing.store import StoredScan, list_scans
 from preprocessing.subjects import key_subject
 
 
@@ -183,6 +183,20 @@ def refuse_leaks(subjects: Iterable[tuple[str, str, str]]) -> None:
                 f"{where}: subject {subject} is in {split} and in {other_split} ({other}); "
                 "all scans of a subject belong in one split, move or delete one side"
             )
+
+
+def explain_no_slices(data: Path, folders: Sequence[str]) -> str:
+    """What is wrong with a folder that holds no slices in any of these folders, with the cure for --data."""
+    if not data.is_dir():
+        return f"{data}: no such folder; run preprocessing/preprocess_oasis.py first, or correct --data"
+    if (data / "model.pt").exists():
+        return f"{data}: holds a model, not slices; give it as --run, and the slices as --data"
+    wanted = " or ".join(f"{folder}/" for folder in folders)
+    around = [data.parent, data.parent.parent, *sorted(path for path in data.iterdir() if path.is_dir())]
+    for near in around:
+        if any(next(list_scans(near / folder), None) for folder in folders):
+            return f"{data}: no slices in {wanted}; give --data {near}, which has some"
+    return f"{data}: no slices in {wanted}; run preprocessing/preprocess_oasis.py first"
 
 
 def refuse_copies(sides: Iterable[tuple[str, StoredScan]]) -> None:

@@ -182,6 +182,10 @@ def _find_brain(
     path: Path, brain_mask: Path | None, settings: CutSettings, axes: str | None = None, distrusted: str | None = None
 ) -> _Brain:
     volume, warnings, stripped = read_volume(path, axes, distrusted, settings.volume), [], False
+    values = volume.values
+    low, high = values.min(), values.max()
+    if low < high and np.count_nonzero(values == low) + np.count_nonzero(values == high) == values.size:
+        raise DataError(f"{path}: holds two values only, as a mask does; give the scan here, its mask as the mask")
     if brain_mask and settings.strip != "always":
         skull_off = True
         inside, how = read_mask(brain_mask, volume, axes, distrusted)

@@ -159,4 +159,6 @@ def test_a_missing_folder_is_one_line(run, tmp_path):
     command = ["--run", run, "--data", "nowhere", "--out", tmp_path / "new"]
     result = run_script(PROJECT / "training/calibrate.py", *command, cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.splitlines() == ["nowhere: holds normal scans of 0 subjects; give those of 10 or more"]
+    assert result.stderr.splitlines() == [
+        "nowhere: no such folder; run preprocessing/preprocess_oasis.py first, or correct --data"
+    ]

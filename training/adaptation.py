@@ -15,6 +15,8 @@ from common.files import hold_folder
 from models.autoencoder import MODELS
 from models.calibration import Calibration, count_needed_scans
 from models.checkpoint import PRETRAINED, load_model, save_checkpoint
+from preprocessing.cohort import explain_no_slices
+from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
@@ -52,6 +54,8 @@ def calibrate(args: argparse.Namespace, device: torch.device) -> None:
 def find_scans(data: Path, unlabelled: bool) -> list[StoredScan]:
     """The scans to calibrate on: those under normal/, or all of a cohort. DataError for fewer than two subjects."""
     scans = [scan for scan in list_scans(data) if unlabelled or scan.label == "normal"]
+    if not scans:
+        raise DataError(explain_no_slices(data, LABELS if unlabelled else ["normal"]))
     subjects = len({key_subject(scan.subject) for scan in scans})
     if subjects < 2:
         kind = "" if unlabelled else "normal "

@@ -18,7 +18,7 @@ from common.interrupts import stop_in_one_line
 if __name__ == "__main__":
     stop_in_one_line()  # while the rest is imported
 
-from common.cli import Parser, add_device_flag, bounded, parse_flags, run_script, set_up_logging
+from common.cli import Parser, add_device_flag, bounded, check_run, parse_flags, run_script, set_up_logging
 
 EXAMPLE = """example:
   python preprocessing/preprocess_oasis.py --raw OWN --label normal --split 0 1 0 --processed Dataset/own
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parse_flags(parser, argv)
+    check_run(parser, args.run, args.data)
     from common.device import choose_device  # torch takes seconds to load, which --help should not
     from training.adaptation import calibrate
 

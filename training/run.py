@@ -19,7 +19,7 @@ from common.device import choose_precision, fits_in_memory, keep_freed_memory
 from common.files import hold_folder, write_atomically
 from models.autoencoder import MODELS
 from models.checkpoint import load_checkpoint, load_model
-from preprocessing.cohort import refuse_copies, refuse_leaks
+from preprocessing.cohort import explain_no_slices, refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
@@ -52,7 +52,7 @@ def split_scans(data: Path, val_fraction: float, seed: int) -> dict[str, list[St
         raise DataError(f"{abnormal.folder}: is abnormal, but among the training scans; move it to {data / 'test'}")
     train = list(list_scans(data / "train" / "normal"))
     if not train:
-        raise DataError(f"{data / 'train' / 'normal'}: no slices; run preprocessing/preprocess_oasis.py first")
+        raise DataError(explain_no_slices(data, ["train/normal"]))
     validation = list(list_scans(data / "val" / "normal"))
     if not validation:
         subjects = sorted({key_subject(scan.subject): scan.subject for scan in train}.values())  # each in one spelling
