@@ -203,6 +203,32 @@ def test_the_page_fits_on_a_phone(page):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_the_viewer_moves_by_touch(page):
+    """A tap says what lies there; a finger that is drawn over a viewer in use goes through the scan."""
+    open_viewer(page)
+    canvas = find(page, ".open canvas")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    box = page.execute_script(
+        "const b = arguments[0].getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", canvas
+    )
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+
+    def touch(*places):
+        for number, (x, y) in enumerate(places):
+            point = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
+            kind = "touchMove" if number else "touchStart"
+            page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        return read_values(page)
+
+    try:
+        tapped = touch((0.4, 0.5))
+        assert touch((0.6, 0.6)) != tapped
+        assert touch((0.6, 0.6), (0.5, 0.55), (0.4, 0.5)) == tapped
+    finally:
+        page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
 def test_pictures_and_tables_are_there_without_scripts(browser, evaluation):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
