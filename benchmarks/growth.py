@@ -136,8 +136,12 @@ def draw(counts: list[int], table: dict[str, list[tuple[float, float]]], path: P
         for what, row in table.items():
             axis.loglog(counts, [cell[place] for cell in row], "o-", label=what)
         axis.set(xlabel="scans", ylabel=label)
+        axis.set_xticks(counts, labels=[f"{count:,}" for count in counts])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
