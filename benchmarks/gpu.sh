@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 steps=${STEPS:-6000}
 out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$out"' EXIT
 
 if ! $python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
     echo "torch sees no CUDA device" >&2
@@ -41,7 +41,7 @@ done
 
 echo "== a training of one process with NCCL, 500 steps"
 began=$(date +%s.%N)
-torchrun --nproc_per_node 1 -- training/train.py --data "$slices" --run "$out/nccl" --steps 500 --device cuda
+$python -m torch.distributed.run --nproc_per_node 1 -- training/train.py --data "$slices" --run "$out/nccl" --steps 500 --device cuda
 echo "$began $(date +%s.%N)" > "$out/timenccl.txt"
 
 echo "== evaluation"

@@ -29,7 +29,7 @@ def run_in_workers(work: Callable, calls: Iterable[tuple], workers: int, schedul
     """
     with _use_cluster(scheduler):
         with shield_workers():
-            results = Parallel(n_jobs=-1 if scheduler else workers, return_as="generator")(
+            results = Parallel(n_jobs=workers, return_as="generator")(
                 delayed(_work)(os.getpid(), work, call) for call in calls
             )
         try:

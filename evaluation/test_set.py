@@ -249,9 +249,7 @@ def predict_scans(
         model=test_set.run / "model.pt",
         model_hash=model_hash,
         device=test_set.device,
-        options=tuple(
-            (name, getattr(predictor, name)) for name in ("batch_size", "false_positive_rate", "smallest_ml")
-        ),
+        options=tuple((name, getattr(predictor, name)) for name in OPTIONS),
         out=out,
         maps=test_set.maps,
         bids=raw,
@@ -264,9 +262,9 @@ def predict_scans(
     workers = 1 if on_gpu else min(test_set.workers, 1 + len(missing) // SCANS_A_WORKER)
     calls = [(scans[number], bids_names[number], settings) for number in missing]
     running = run_in_workers(predict_scan, calls, workers, test_set.dask)
-    skipped, missing = 0, set(missing)
+    skipped, predicted_now = 0, set(missing)
     for number, scan in enumerate(tqdm(scans, desc="evaluating", unit="scan", disable=test_set.quiet or None)):
-        if number in missing and (why := next(running)):
+        if number in predicted_now and (why := next(running)):
             log.warning("skipped %s", why)
             skipped += 1
             continue

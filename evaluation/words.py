@@ -163,7 +163,8 @@ def summarise_scan(prediction: Prediction, verdict: str, false_positive_rate: fl
     rare = [region for region in regions if region["p_value"] <= COMMON]
     words = f"{verdict.capitalize()} at a false-positive rate of {false_positive_rate:g}: "
     words += f"score {row['score']:.1f}, p {format_p(row['p_value'])}; {count_regions(rare)} above the threshold"
-    words += f", the largest {rare[0]['volume_ml']:.2f} ml, {rare[0]['side']}" if rare else ""
+    largest = "the largest " * (len(rare) > 1)
+    words += f", {largest}{rare[0]['volume_ml']:.2f} ml, {rare[0]['side']}" if rare else ""
     common = len(regions) - len(rare)
     return f"{words}; beside {common} that healthy scans commonly show." if common else f"{words}."
 

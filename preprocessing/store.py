@@ -33,8 +33,7 @@ from preprocessing.strip import Extracted, save_brain_mask
 
 SAME_SETTINGS = ("size", "format", "skull_off", "keep", "pixel_mm")  # slices that differ in one of these do not mix
 WITHDRAWN = ".withdrawn"  # folder of a store for scans whose source is gone or changed
-# the names in a scan's folder
-OURS = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json|brain\.nii\.gz|head\.npy")
+SCAN_FILES = re.compile(r"slice_\d{3,}\.npy|scan\.json|\.partial-scan\.json|brain\.nii\.gz|head\.npy")
 LEFTOVER = re.compile(r"\..+\.\d+\.(?:partial|old)", re.DOTALL)  # of `_write_folder`
 _SETTINGS: dict[tuple, tuple] = {}  # each combination once, however many scans share it
 
@@ -355,7 +354,7 @@ def _write_folder(
 def _keep_foreign(old: Path, folder: Path) -> None:
     """Move what a user put into a scan's folder to the new one."""
     for path in old.iterdir() if old.is_dir() and not old.is_symlink() else ():
-        if not OURS.fullmatch(path.name):
+        if not SCAN_FILES.fullmatch(path.name):
             os.rename(path, folder / path.name)
 
 
@@ -366,7 +365,7 @@ def _delete(folder: Path) -> None:
             folder.unlink()
             return
         for path in folder.iterdir():
-            if OURS.fullmatch(path.name):
+            if SCAN_FILES.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()
 
@@ -375,6 +374,7 @@ def clear_leftovers(processed: Path) -> None:
     """Delete the half-written folders of killed processes, and nothing else."""
     places = [processed / split / kind for split in SPLITS for kind in (*LABELS, "masks")]
     for path in [path for place in places for path in place.glob(".*") if LEFTOVER.fullmatch(path.name)]:
-        if path.suffix == ".partial":  # renamed, a worker that outlived its parent can't complete what is half gone
-            path = path.rename(path.with_name(f"{path.name}.{os.getpid()}.old"))
-        _delete(path)
+        with contextlib.suppress(FileNotFoundError):  # a worker that outlived its parent has completed it by now
+            if path.suffix == ".partial":  # renamed, it can't be completed any more when half of it is gone
+                path = path.rename(path.with_name(f"{path.name}.{os.getpid()}.old"))
+            _delete(path)

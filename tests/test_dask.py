@@ -56,6 +56,7 @@ def test_a_cluster_evaluates_to_the_same_bytes_though_a_worker_is_killed(evaluat
         flags = ["--out", str(out), "--dask", cluster.scheduler_address]
         assert evaluate([*command[: place - 1], *command[place + 1 :], *flags]) == 0
         killer.join()
+        assert cluster.scheduler.transition_counter > 4, "the cluster did nothing"
         assert cluster.workers[0].pid != victim, "it died, and another took its place"
     for name in ("scans.csv", "scores.csv", "regions.csv", "lesions.csv", "table.md", "report.html"):
         assert (out / name).read_bytes() == (before / name).read_bytes(), name

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import evaluation.test_set as test_set
+from common.workers import run_in_workers
 from evaluation.evaluate import main as evaluate
 from evaluation.worker import DONE, predict_scan
 
@@ -33,8 +34,16 @@ def check_same(evaluation, out):
 
 
 def test_two_workers_leave_the_same_bytes(evaluation, again, tmp_path, monkeypatch):
+    asked = []
+
+    def run(work, calls, workers, scheduler):
+        asked.append((len(calls), workers, scheduler))
+        return run_in_workers(work, calls, workers, scheduler)
+
     monkeypatch.setattr(test_set, "SCANS_A_WORKER", 1)
+    monkeypatch.setattr(test_set, "run_in_workers", run)
     assert again("--workers", "2") == 0
+    assert asked == [(4, 2, None)]
     check_same(evaluation, tmp_path / "out")
 
 

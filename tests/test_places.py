@@ -55,4 +55,6 @@ def test_regions_have_their_numbers_on_the_stack_and_know_the_lesion_they_touch(
     assert (second["number"], second["on_lesion"], second["slice"]) == (2, False, 57)
     unknown = replace(made, scan=replace(made.scan, lesion=None))
     assert {region["on_lesion"] for region in describe_regions(unknown)} == {None}
-    assert not replace(made, regions=[]).region_numbers.any(), "what is too small to be listed has no number"
+    listed = replace(made, regions=regions[:1]).region_numbers
+    assert set(np.unique(listed)) == {0, 1}, "what is too small to be listed has no number"
+    assert not replace(made, regions=[]).region_numbers.any()

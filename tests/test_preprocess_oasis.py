@@ -11,6 +11,7 @@ from common.cli import DataError
 from common.files import hold_folder
 from preprocessing.preprocess_oasis import main as preprocess
 from preprocessing.store import check_same_settings, list_scans
+from preprocessing.worker import preprocess_scan
 from tests.conftest import SIZE
 from tests.trees import HEAD, make_tree, read_places, read_record, run, save, save_lesion
 
@@ -176,6 +177,13 @@ def test_a_run_that_is_killed_leaves_its_splits_and_the_next_clears_up(tree, mon
     assert read_record(tree / "out")["splits"] == {"a": "train", "b": "val", "c": "test"}
     assert "scans" not in read_record(tree / "out")
     (tree / "out/train/normal/.a_T1w.77.partial").mkdir(parents=True)
+
+    def leave(scan, processed, settings):
+        """A worker of the killed run leaves something only now."""
+        (processed / "train/normal/.b_T1w.78.partial").mkdir(parents=True, exist_ok=True)
+        return preprocess_scan(scan, processed, settings)
+
+    monkeypatch.setattr("preprocessing.dataset.preprocess_scan", leave)
     assert run(tree / "raw", tree / "out") == 0
     assert not list((tree / "out").rglob("*.partial"))
 

@@ -156,7 +156,7 @@ def test_beyond_a_thousand_scans_the_lowest_are_left_to_the_table(tmp_path, monk
     scans = [make_row(f"s{i}", float(i)) for i in range(6)] + [make_row("missed", 0.5, "abnormal")]
     page = make_page(tmp_path, scans)
     assert [cells[0] for cells in page.cells] == ["s5", "s4", "s3", "missed"], "a miss that is shown above"
-    assert "4 scans, the highest score first; 3 more of lower scores are in scans.csv." in page.text
+    assert "4 scans, the highest score first; 3 more with lower scores are in scans.csv." in page.text
     assert "scans.csv" not in make_page(tmp_path, scans[:3]).text.split("Files beside")[0]
 
 

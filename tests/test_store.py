@@ -227,6 +227,20 @@ def test_a_worker_whose_leftover_is_cleared_while_it_writes_leaves_nothing(tmp_p
     assert list(list_scans(tmp_path)) == []
 
 
+def test_a_leftover_that_its_worker_completes_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    scan = put(tmp_path, "train/normal/a")
+    partial = tmp_path / "train/normal/.a.7.partial"
+    partial.mkdir()
+
+    def complete_first(path, target):
+        path.rmdir()
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "rename", complete_first)
+    clear_leftovers(tmp_path)
+    np.testing.assert_array_equal(scan.read_stack(), STACK)
+
+
 def test_what_a_user_put_beside_the_slices_stays(tmp_path):
     scan = put(tmp_path)
     (scan.folder / "notes.txt").write_text("looked at")
