@@ -15,8 +15,8 @@ answer: .venv/ready
 demo: .venv/ready
 	$(PY) preprocessing/demo_cohort.py --raw $(DEMO)/raw
 	$(PY) preprocessing/preprocess_oasis.py --raw $(DEMO)/raw --processed $(DEMO)/processed
-	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-cae --model cae --steps 700
-	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-dae --model dae --steps 1100
+	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-cae --model cae --steps 350
+	$(PY) training/train.py --data $(DEMO)/processed --run runs/demo-dae --model dae --steps 550
 	$(PY) evaluation/evaluate.py --run runs/demo-cae --data $(DEMO)/processed/test
 	$(PY) evaluation/evaluate.py --run runs/demo-dae --data $(DEMO)/processed/test --maps
 	$(PY) evaluation/compare.py runs/demo-cae/evaluation runs/demo-dae/evaluation

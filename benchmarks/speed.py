@@ -90,8 +90,8 @@ class OurTraining(Trainer):
             clean = timed("loading", next, self.batches)
             source, target = timed("corruption", self.make_pair, clean)
             loss = timed("forward", self.measure_loss, source, target)
-            timed("backward", lambda loss=loss: (self.optimiser.zero_grad(), loss.backward()))
-            timed("optimiser", self.update_weights)
+            timed("backward", lambda loss=loss: (self.model.zero_grad(), loss.backward()))
+            timed("optimiser", self.update_weights, self.config["lr"])
             self.step += 1
             self.unread_losses.append(loss.detach())
             if self.step % READ_LOSSES_EVERY == 0:

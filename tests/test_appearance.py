@@ -27,8 +27,9 @@ def scanned(values, count=2000, number=0):
 
 @pytest.fixture
 def flat(monkeypatch):
-    """No smooth noise: no warp and no regional contrast."""
+    """No smooth noise and no local warps: the pose alone moves tissue, and no region differs in contrast."""
     monkeypatch.setattr(corruption, "make_smooth_noise", lambda shape, *_: torch.zeros(shape[0], 1, *shape[2:]))
+    monkeypatch.setattr(corruption, "warp_locally", lambda x, _: x)
 
 
 def test_the_pose_varies_by_a_few_degrees_percent_and_pixels(flat):
@@ -73,6 +74,21 @@ def test_the_warp_is_smooth_and_of_up_to_some_two_and_a_half_pixels(monkeypatch)
     steps = moved.diff(dim=1).abs()
     assert steps.mean() < 0.2 * moved.abs().mean(), "neighbours move alike"
     assert moved.flatten(1).abs().amax(1).quantile(0.05) < 0.5, "some hardly at all"
+
+
+def test_two_fifths_are_warped_locally_in_the_input_and_in_the_target(monkeypatch):
+    seen = []
+
+    def mark(x, _):
+        seen.append(len(x))
+        return torch.where(x > 0, 1.0, 0.0)
+
+    monkeypatch.setattr(corruption, "warp_locally", mark)
+    anatomy(np.full((32, 32), 0.3), 200)
+    assert seen == [80]
+    seen.clear()
+    corruption.corrupt(repeat(np.full((32, 32), 0.3), 200), seed())
+    assert seen == [], "what the model undoes is not moved tissue"
 
 
 def test_contrast_is_a_power_that_keeps_black_and_white(flat, monkeypatch):

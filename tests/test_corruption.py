@@ -6,10 +6,10 @@ import torch
 
 import training.corruption as corruption
 from training.corruption import (
-    add_coarse_noise,
     corrupt,
     infiltrate,
     make_pair,
+    make_smooth_noise,
     paint_blob,
     scan,
     vary_anatomy,
@@ -79,8 +79,8 @@ def test_a_brain_stays_the_same_brain_under_corruption():
         assert torch.equal(corrupt(x, seed()) > 0, x > 0)
 
 
-def test_corrupt_warps_two_fifths_then_paints_five_times_then_adds_noise_to_half(monkeypatch):
-    calls, factors = [], {"warp_locally": 0.9, "paint_blob": 0.8, "infiltrate": 0.95, "add_coarse_noise": 0.7}
+def test_corrupt_paints_five_times(monkeypatch):
+    calls, factors = [], {"paint_blob": 0.8, "infiltrate": 0.95}
 
     def replace(name):
         def change(x, *_):
@@ -93,8 +93,8 @@ def test_corrupt_warps_two_fifths_then_paints_five_times_then_adds_noise_to_half
         replace(name)
     changed = corrupt(torch.ones(200, 1, 4, 4), seed())[:, 0, 0, 0]
     painted = [("paint_blob", 100), ("paint_blob", 100), ("paint_blob", 50), ("infiltrate", 100), ("infiltrate", 100)]
-    assert calls == [("warp_locally", 80), *painted, ("add_coarse_noise", 100)]
-    assert len(changed.unique()) > 12, "each change picks slices of its own"
+    assert calls == painted
+    assert len(changed.unique()) == 12, "0 to 3 blobs and 0 to 2 gradual ones: each picks slices of its own"
     first, second = (corrupt(torch.ones(200, 1, 4, 4), seed(number))[:, 0, 0, 0] for number in (1, 2))
     assert not torch.equal(first, second)
 
@@ -116,23 +116,22 @@ def test_what_a_blob_blurs_to_is_the_mean_over_the_brain_within_five_pixels(monk
     assert row[35] > 0.25
 
 
-def test_coarse_noise_by_its_moments():
-    """Strength s from 0.02 to 0.2; at a corner two grids meet, elsewhere neighbours lie on the grids' straight lines.
+def test_smooth_noise_by_its_moments():
+    """Of variance 1; at a corner two grids meet, elsewhere neighbours lie on the grids' straight lines.
 
-    With shares of mean square 1/2: cov(corner, j-th of 24) / E[s^2] = max(0, 1 - 11j/23) / 2.
+    With shares of mean square 1/2: cov(corner, j-th of 24) = max(0, 1 - 11j/23) / 2.
     """
-    x = torch.full((6000, 1, 24, 24), 0.5)
-    noise = add_coarse_noise(x, seed())[:, 0] - 0.5
+    noise = make_smooth_noise((6000, 1, 24, 24), (12, 24), seed())[:, 0]
     edges = torch.cat(
         [n for e in (noise, noise.flip(1), noise.flip(2), noise.flip(1, 2)) for n in (e[:, 0], e[..., 0])]
     )
-    corner, square = edges[:, 0], (0.2**3 - 0.02**3) / (3 * 0.18)
-    assert corner.abs().mean() == pytest.approx(0.11 * np.sqrt(2 / np.pi), rel=0.03)
-    assert corner.square().mean() == pytest.approx(square, rel=0.04)
+    corner = edges[:, 0]
+    assert corner.mean() == pytest.approx(0, abs=0.03)
+    assert corner.square().mean() == pytest.approx(1, rel=0.03)
     for j in range(1, 8):
         expected = max(0, 1 - 11 * j / 23) / 2
-        assert (corner * edges[:, j]).mean() / square == pytest.approx(expected, abs=0.025), j
-    fine = add_coarse_noise(torch.full((20, 1, 47, 47), 0.5), seed())[:, 0]
+        assert (corner * edges[:, j]).mean() == pytest.approx(expected, abs=0.025), j
+    fine = make_smooth_noise((20, 1, 47, 47), (12, 24), seed())[:, 0]
     between = (fine[:, :, :-2:2] + fine[:, :, 2::2]) / 2
     torch.testing.assert_close(fine[:, :, 1::2], between, msg="24 cells are the finest")
 

@@ -229,7 +229,13 @@ def test_a_state_without_its_parts_is_one_line(processed, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/model.pt").unlink()
     state = load_checkpoint(tmp_path / "run/last.pt")
-    for key, value in (("optimiser", {}), ("model", {"a": 1}), ("rows", None), ("best", None)):
+    for key, value in (
+        ("optimisers", []),
+        ("optimisers", [{}, {}]),
+        ("model", {"a": 1}),
+        ("rows", None),
+        ("best", None),
+    ):
         broken = state | {key: value} if value is not None else {k: v for k, v in state.items() if k != key}
         save_checkpoint(tmp_path / "run/last.pt", broken)
         with pytest.raises(DataError, match=r"last\.pt: is not the state of a training run; delete it"):
@@ -256,12 +262,12 @@ def test_defaults(monkeypatch):
     dae, cae = (take_config(monkeypatch, "--model", model) for model in ("dae", "cae"))
     assert dae["network"] == {"model": "dae", "width": 64, "depth": 3}
     assert cae["network"] == {"model": "cae", "width": 32, "latent": 64}
-    assert (dae["steps"], cae["steps"]) == (36000, 3000)
+    assert (dae["steps"], cae["steps"]) == (12000, 1500)
     assert take_config(monkeypatch)["network"]["model"] == "dae"
-    kept = {"batch_size": 16, "lr": 1e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
+    kept = {"batch_size": 32, "lr": 2e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
     assert {name: dae[name] for name in kept} == kept
     on = take_config(monkeypatch, "--init", "runs/other")
-    assert (on["init"], on["steps"], on["lr"]) == ("runs/other", 4000, 3e-4)
+    assert (on["init"], on["steps"], on["lr"]) == ("runs/other", 2000, 6e-4)
     given = take_config(monkeypatch, "--width", "8", "--steps", "7", "--lr", "0.5", "--depth", "2", "--seed", "4")
     assert given["network"] == {"model": "dae", "width": 8, "depth": 2}
     assert (given["steps"], given["lr"], given["seed"]) == (7, 0.5, 4)

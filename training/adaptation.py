@@ -23,9 +23,9 @@ from training.dataset import SliceDataset
 from training.trainer import Trainer
 
 FEW_SCANS = 10
-STEPS = 600
-BATCH_SIZE = 16
-PEAK_LEARNING_RATE = 3e-4  # a third of that of a training: what the model knows is to stay
+STEPS = 300
+BATCH_SIZE = 32
+PEAK_LEARNING_RATE = 6e-4  # a third of that of a training: what the model knows is to stay
 
 
 def calibrate(args: argparse.Namespace, device: torch.device) -> None:

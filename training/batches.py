@@ -44,11 +44,11 @@ def seed_generator(device: torch.device, *numbers: int) -> torch.Generator:
 
 
 def schedule_learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 4 % of the steps, then half a cosine down to 0 (Loshchilov and Hutter, 2017)."""
+    """Linear warm-up over the first 4 % of the steps, then a straight line down to 0."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return peak * (steps - step) / max(1, steps - warm_up)
 
 
 def count_epoch_steps(slices: int, batch_size: int, steps: int) -> int:

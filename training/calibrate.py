@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         type=bounded(int, least=0),
-        help="optimiser steps on these scans; left out: 600; 0: none, only measure",
+        help="optimiser steps on these scans; left out: 300; 0: none, only measure",
     )
     add_device_flag(parser)
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")

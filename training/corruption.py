@@ -2,9 +2,10 @@
 
 `make_pair` is a training step's input and target. `vary_anatomy` and `scan` turn a healthy slice into one that another
 subject, sequence or scanner could have given: of the input and of the target, so that the model learns to leave such
-differences alone. `corrupt` changes the input only: coarse noise (Kascenas et al., MIDL 2022), and blobs of graded
-strength with sharp or gradual edges, foreign tissue and local warps (after Naval Marimont et al., "DISYRE", 2024). All
-of it is general on purpose: no lesion is imitated.
+differences alone. `corrupt` changes the input only: blobs of graded strength with sharp or gradual edges, mottled or of
+foreign tissue (after Naval Marimont et al., "DISYRE", 2024). They are general on purpose: no lesion is imitated. What
+another scanner or another healthy person could show as well is never corruption, or the model would find scanners:
+noise over the whole slice and local warps were (docs/experiments.md, E43).
 
 Slices are (B, C, H, W) float32 in [0, 1] with the background at 0. The C channels are neighbouring slices of one scan;
 what happens to one happens to all, as it would in a brain. Every function draws from the generator that it is given,
@@ -24,8 +25,7 @@ from models.autoencoder import take_middle
 FLOOR = 1e-3  # brain pixels stay above 0
 SMALL_BLOB = 8.0  # radius
 CHANNEL_SPACING = 2.56  # from one channel to the next: 4 mm
-GRIDS = (6, 12, 24)  # cells along each side of the grids of coarse noise within blobs
-NOISE_GRIDS = (12, 24)  # over the whole slice: 6 cells would look like another sequence, which must be left alone
+GRIDS = (6, 12, 24)  # cells along each side of the grids of noise within blobs
 REGION_GRIDS = (6, 8)
 FLUID_BELOW = 0.45  # values that are fluid, or partly
 
@@ -45,7 +45,7 @@ def make_pair(slices: Tensor, corrupted: bool, generator: Generator) -> tuple[Te
 
 def vary_anatomy(slices: Tensor, generator: Generator) -> Tensor:
     """Healthy slices as other subjects and sequences would give them. Same shape, in [0, 1], background 0."""
-    x = change_pose(slices, generator)
+    x = change_some(change_pose(slices, generator), 0.4, warp_locally, generator)
     brain, each = x > 0, (len(x), 1, 1, 1)
     # contrast: a power, which keeps 0 and 1, and a level of fluid
     x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal(each, generator) * 0.35))
@@ -95,6 +95,23 @@ def change_pose(x: Tensor, generator: Generator) -> Tensor:
     return (values / brain.clamp(min=0.5)).clamp(min=FLOOR) * (brain > 0.5)  # the rim does not fade
 
 
+def warp_locally(x: Tensor, generator: Generator) -> Tensor:
+    """Push tissue away from a place in the brain or pull it in, by up to about 10 pixels.
+
+    Wide ventricles and sulci are an old brain, not a lesion. And a model that undoes this marks what a tumour pushes
+    away rather than the tumour.
+    """
+    b, _, h, w = x.shape
+    rows, columns = measure_from_a_place(x, x.shape, generator)
+    radius = 5 * 4 ** _uniform_each(x, 0, 1, generator)
+    pull = _uniform_each(x, -0.6, 0.9, generator) * torch.exp(-(rows**2 + columns**2) / (2 * radius**2))
+    ys = torch.linspace(-1, 1, h, device=x.device).view(1, h, 1) - (pull * rows).squeeze(1) * (2 / (h - 1))
+    xs = torch.linspace(-1, 1, w, device=x.device).view(1, 1, w) - (pull * columns).squeeze(1) * (2 / (w - 1))
+    grid = torch.stack([xs.expand(b, h, w), ys.expand(b, h, w)], -1)
+    warped = F.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    return torch.where(warped > FLOOR, warped, x)
+
+
 def blur(x: Tensor, generator: Generator) -> Tensor:
     """Blend in the mean of 3x3 pixels, as a scan of lower resolution would show."""
     wide = F.pad(x, (1, 1, 1, 1), mode="replicate")  # sums of shifted slices take a third of the time of pooling
@@ -119,13 +136,12 @@ def erode(x: Tensor, _: Generator) -> Tensor:
 def corrupt(slices: Tensor, generator: Generator) -> Tensor:
     """Slices with something wrong in them, for the model to undo. Same shape, in [0, 1], the brain stays the brain."""
     blurred = average_brain(slices)
-    x = change_some(slices, 0.4, warp_locally, generator)
+    x = slices
     for share in (0.5, 0.5, 0.25):
         chosen = _choose(len(x), share, generator)
         x = x.index_copy(0, chosen, paint_blob(x[chosen], blurred[chosen], generator))
     x = change_some(x, 0.5, infiltrate, generator)
     x = change_some(x, 0.5, infiltrate, generator)
-    x = change_some(x, 0.5, add_coarse_noise, generator)
     return torch.where(slices > 0, x.clamp(FLOOR, 1), 0)
 
 
@@ -136,19 +152,6 @@ def infiltrate(x: Tensor, generator: Generator) -> Tensor:
     missing = level - x
     missing = torch.where(darker, missing.clamp(max=0), missing.clamp(min=0))
     return x + blob * _uniform_each(x, 0.2, 1, generator) * missing
-
-
-def warp_locally(x: Tensor, generator: Generator) -> Tensor:
-    """Push tissue away from a place in the brain or pull it in, by up to about 10 pixels."""
-    b, _, h, w = x.shape
-    rows, columns = measure_from_a_place(x, x.shape, generator)
-    radius = 5 * 4 ** _uniform_each(x, 0, 1, generator)
-    pull = _uniform_each(x, -0.6, 0.9, generator) * torch.exp(-(rows**2 + columns**2) / (2 * radius**2))
-    ys = torch.linspace(-1, 1, h, device=x.device).view(1, h, 1) - (pull * rows).squeeze(1) * (2 / (h - 1))
-    xs = torch.linspace(-1, 1, w, device=x.device).view(1, 1, w) - (pull * columns).squeeze(1) * (2 / (w - 1))
-    grid = torch.stack([xs.expand(b, h, w), ys.expand(b, h, w)], -1)
-    warped = F.grid_sample(x, grid, padding_mode="border", align_corners=True)
-    return torch.where(warped > FLOOR, warped, x)
 
 
 def paint_blob(x: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
@@ -191,11 +194,6 @@ def draw_blob(x: Tensor, generator: Generator) -> Tensor:
     for number in range(1, 6):
         blob = torch.maximum(blob, small.roll(number, 0) * (count > number + 1))
     return F.interpolate(blob, size=(h, w), mode="bilinear", align_corners=True)
-
-
-def add_coarse_noise(x: Tensor, generator: Generator) -> Tensor:
-    """Add Gaussian noise of coarse grids; their mix and the strength vary from slice to slice."""
-    return x + make_smooth_noise(x.shape, NOISE_GRIDS, generator) * _uniform_each(x, 0.02, 0.2, generator)
 
 
 def average_brain(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ if __name__ == "__main__":
 
 from common.cli import SEED, Parser, add_device_flag, bounded, parse_flags, run_script, set_up_logging
 
-DEFAULTS = {"dae": {"width": 64, "steps": 36000}, "cae": {"width": 32, "steps": 3000}}  # see docs/experiments.md
-FROM_A_MODEL = {"steps": 4000, "lr": 3e-4}  # what it knows is to stay
+DEFAULTS = {"dae": {"width": 64, "steps": 12000}, "cae": {"width": 32, "steps": 1500}}  # see docs/experiments.md
+FROM_A_MODEL = {"steps": 2000, "lr": 6e-4}  # what it knows is to stay
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
 
@@ -43,12 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=bounded(int, least=1, most=6), default=3, help="levels of the dae")
     parser.add_argument("--latent", type=count, default=64, help="numbers in the bottleneck of the cae")
     parser.add_argument(
-        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 36000 for dae, "
-        "3000 for cae, 4000 with --init"
+        "--steps", type=count, help="optimiser steps, which the learning rate follows; left out: 12000 for dae, "
+        "1500 for cae, 2000 with --init"
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument("--batch-size", type=count, default=32, help="slices a step")
     parser.add_argument(
-        "--lr", type=bounded(above=0), help="peak learning rate of Adam; left out: 0.001, or 0.0003 with --init"
+        "--lr", type=bounded(above=0), help="peak learning rate; left out: 0.002, or 0.0006 with --init"
     )
     share = bounded(above=0, below=1)
     parser.add_argument(
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def configure(args: argparse.Namespace, device: str) -> dict:
     """Everything that decides a run's result; its subjects and slice size are added once known."""
-    defaults = DEFAULTS[args.model] | (FROM_A_MODEL if args.init else {"lr": 1e-3})
+    defaults = DEFAULTS[args.model] | (FROM_A_MODEL if args.init else {"lr": 2e-3})
     width, steps, lr = (getattr(args, name) or defaults[name] for name in ("width", "steps", "lr"))
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}

@@ -27,6 +27,7 @@ from preprocessing.store import check_same_settings
 from training.batches import count_epoch_steps, pick_batch, schedule_learning_rate, seed_generator
 from training.corruption import corrupt, make_pair
 from training.dataset import SliceDataset
+from training.optimiser import make_optimisers
 from training.run_log import LOG_COLUMNS, RunLog, draw_reconstructions, write_log
 
 READ_LOSSES_EVERY = 20  # steps; a GPU waits each time
@@ -44,7 +45,7 @@ def sum_squares(reconstruction: torch.Tensor, target: torch.Tensor) -> tuple[tor
 
 
 class Trainer:
-    """A run: the model, its optimiser and how far they are. `fit` trains it to its end, `finish` writes model.pt.
+    """A run: the model, its optimisers and how far they are. `fit` trains it to its end, `finish` writes model.pt.
 
     config      what decides the result, as train.py writes it to config.json
     train       healthy slices to train on
@@ -73,7 +74,7 @@ class Trainer:
             self.model.load_state_dict(init["weights"])
         self.seen_before = set(init["seen"]) if init else set()  # hashes of the scans that made those weights
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        self.optimisers = make_optimisers(self.model, config["lr"], self.precision)
         self.epoch_steps = count_epoch_steps(len(train), config["batch_size"], config["steps"])
         self.step, self.loss_sum, self.rows = 0, 0.0, []
         self.unread_losses = []  # of the last steps, on the device
@@ -102,20 +103,21 @@ class Trainer:
     def train_step(self, clean: torch.Tensor) -> torch.Tensor:
         """One optimiser step with slices of `read_batches`; returns the loss, still on the device."""
         source, target = self.make_pair(clean)
-        for group in self.optimiser.param_groups:
-            group["lr"] = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
+        learning_rate = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
         squares, pixels = sum_squares(self.forward(self.network, source), target)
         loss = squares / distributed.all_reduce(pixels)  # this process's part of it
-        self.optimiser.zero_grad()
+        self.model.zero_grad()
         (loss * distributed.world_size()).backward()  # gradients are averaged over the processes
-        self.update_weights()
+        self.update_weights(learning_rate)
         self.step += 1
         return distributed.all_reduce(loss.detach())
 
-    def update_weights(self) -> None:
-        """An optimiser step, with the gradient clipped to a norm of LARGEST_GRADIENT."""
+    def update_weights(self, learning_rate: float) -> None:
+        """A step of the optimisers, with the gradient clipped to a norm of LARGEST_GRADIENT."""
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = learning_rate
+            optimiser.step()
 
     @torch.inference_mode()
     def validate(self) -> float:
@@ -202,7 +204,7 @@ class Trainer:
         train_loss, val_loss = self.loss_sum / self._count_steps_of_epoch(), self.validate()
         if not math.isfinite(val_loss):
             self.fail(f"the validation loss is not a number after step {self.step}")
-        learning_rate = self.optimiser.param_groups[0]["lr"]
+        learning_rate = self.optimisers[0].param_groups[0]["lr"]
         values = (len(self.rows) + 1, self.step, train_loss, val_loss, learning_rate, slices_per_s)
         self.rows.append(dict(zip(LOG_COLUMNS, values, strict=True)))
         self.loss_sum = 0.0
@@ -220,14 +222,16 @@ class Trainer:
             self.fail(f"the weights are not numbers after step {self.step}")
         if distributed.is_main():
             content = {"config": self.config, "model": self.model.state_dict()}
-            content |= {"optimiser": self.optimiser.state_dict(), "step": self.step, "loss_sum": self.loss_sum}
-            save_checkpoint(self.run / "last.pt", content | {"rows": self.rows, "best": self.best})
+            content |= {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
+            content |= {"step": self.step, "loss_sum": self.loss_sum, "rows": self.rows, "best": self.best}
+            save_checkpoint(self.run / "last.pt", content)
         self.saved_step = self.step
 
     def resume(self, state: dict) -> None:
         """Go on from the content of a last.pt."""
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         self.step, self.loss_sum, self.rows, self.best = (state[k] for k in ("step", "loss_sum", "rows", "best"))
         self.saved_step = self.step
 
