@@ -5,11 +5,11 @@
 #   benchmarks/gpu.sh [SLICES]
 #
 # SLICES is what preprocess_oasis.py wrote, with train/normal, val/normal and test; without it the demo's simulated
-# scans are made. STEPS, of each training, is 6000 where it is not set; train.py's default is 36000. JSON comes last.
+# scans are made. STEPS, of each training, is 3000 where it is not set; train.py's default is 12000. JSON comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-steps=${STEPS:-6000}
+steps=${STEPS:-3000}
 out=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$out"' EXIT
 

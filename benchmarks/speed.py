@@ -270,7 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
     count = bounded(int, least=1)
     parser.add_argument("--rounds", type=count, default=5, help="of each loop, in turn; the median counts")
     parser.add_argument("--steps", type=count, default=6, help="optimiser steps a round")
-    parser.add_argument("--batch-size", type=count, default=16, help="slices a step")
+    parser.add_argument("--batch-size", type=count, default=32, help="slices a step")
     parser.add_argument(
         "--size", type=bounded(int, least=16, multiple_of=16), default=128, help="pixels along each side of a slice"
     )
