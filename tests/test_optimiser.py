@@ -64,3 +64,14 @@ def test_muon_moves_the_weights_and_adam_the_rest(model):
     assert sorted(by_muon + by_adam) == sorted(map(id, network.parameters()))
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert set(by_muon) == {id(layer.weight) for layer in layers}
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_products_are_taken_in_the_precision_asked_for(precision, monkeypatch):
+    seen = []
+    monkeypatch.setattr("training.optimiser.orthogonalise", lambda matrix: seen.append(matrix.dtype) or matrix)
+    weight = nn.Parameter(torch.zeros(4, 3))
+    weight.grad = torch.ones(4, 3)
+    Muon([weight], 0.5, precision).step()
+    assert seen == [precision]
+    assert weight.dtype == torch.float32
