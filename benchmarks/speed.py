@@ -99,7 +99,7 @@ class OurTraining(Trainer):
         return seconds
 
     def count_flops(self) -> float:
-        """Of the network in a step, forward and backward, 2 for a multiplication and addition; Muon's are not in it."""
+        """Of the network in a step, forward and backward, without Muon; 2 for a multiplication and addition."""
         source, target = self.make_pair(next(self.batches))
         with FlopCounterMode(display=False) as counter:
             self.measure_loss(source, target).backward()
@@ -241,7 +241,7 @@ def profile_step(args: argparse.Namespace, precision: str, scans: list[StoredSca
         print(f"{name:46}{1000 * seconds:10.2f}{seconds / total:8.1%}")
     print(
         f"{flops / 1e9:.1f} GFLOP of the network a step at {rate:.0f} GFLOP/s: {rate / matrices:.0%} of the matrix rate; "
-        f"within forward and backward, which take {network / total:.0%} of a step, {flops / network / 1e9 / matrices:.0%}. "
+        f"within forward and backward, {network / total:.0%} of a step, {flops / network / 1e9 / matrices:.0%}. "
         "The rest of these is batch norm, activations and moving memory."
     )
     figures = {"matrix_share": rate / matrices, "gflops_step": rate}

@@ -162,3 +162,26 @@ def test_a_missing_folder_is_one_line(run, tmp_path):
     assert result.stderr.splitlines() == [
         "nowhere: no such folder; run preprocessing/preprocess_oasis.py first, or correct --data"
     ]
+
+
+def test_without_flags_it_trains_three_times_as_measured(run, processed, tmp_path, monkeypatch):
+    """300 steps of 32 slices at a peak of 6e-4, the figures of docs/experiments.md, E43; the help says so too."""
+    configs, lengths = [], []
+
+    class Noted(adaptation.Trainer):
+        def __init__(self, config, *arguments, **options):
+            configs.append(config)
+            super().__init__(config, *arguments, **options)
+
+    def note(steps, **_):
+        lengths.append(steps)
+        return range(0)
+
+    monkeypatch.setattr(adaptation, "Trainer", Noted)
+    monkeypatch.setattr(adaptation, "trange", note)
+    command = ["--run", str(run), "--data", str(processed / "test"), "--out", str(tmp_path / "new"), "--device", "cpu"]
+    assert script.main(command) == 0
+    settings = {(config["steps"], config["batch_size"], config["lr"]) for config in configs}
+    assert settings == {(300, 32, 6e-4)}
+    assert lengths == [300] * 3
+    assert "left out: 300;" in " ".join(script.make_parser().format_help().split())
