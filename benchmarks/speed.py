@@ -240,8 +240,8 @@ def profile_step(args: argparse.Namespace, precision: str, scans: list[StoredSca
     for name, seconds in parts.items():
         print(f"{name:46}{1000 * seconds:10.2f}{seconds / total:8.1%}")
     print(
-        f"{flops / 1e9:.1f} GFLOP of the network a step at {rate:.0f} GFLOP/s: {rate / matrices:.0%} of the matrix rate; "
-        f"within forward and backward, {network / total:.0%} of a step, {flops / network / 1e9 / matrices:.0%}. "
+        f"{flops / 1e9:.1f} GFLOP of the network a step at {rate:.0f} GFLOP/s: {rate / matrices:.0%} of the matrix "
+        f"rate; within forward and backward, {network / total:.0%} of a step, {flops / network / 1e9 / matrices:.0%}. "
         "The rest of these is batch norm, activations and moving memory."
     )
     figures = {"matrix_share": rate / matrices, "gflops_step": rate}
