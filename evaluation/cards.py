@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from evaluation.pictures import embed_picture
@@ -81,11 +82,17 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
     first = [id(row) for row in select_scans(rows)]
     embedded = sorted(rows, key=lambda row: id(row) not in first)[:PICTURED]
     embedded = {id(row) for row in embedded}
+
+    def find_pictures(row: dict) -> list[dict]:
+        key = row["label"], row["scan"]
+        return _list_pictures(out, row, worst[key], id(row) in embedded) if pictured is None else pictured
+
+    with ThreadPoolExecutor() as pool:  # pictures are half of a page's time
+        pictures = list(pool.map(find_pictures, rows))
     scans = []
-    for row, anchor in zip(rows, name_anchors(rows), strict=True):
+    for row, anchor, shown in zip(rows, name_anchors(rows), pictures, strict=True):
         key = row["label"], row["scan"]
         found, named = regions.get(key, []), results.worst_slices.get(key, f"slice {worst[key]}")
-        pictures = _list_pictures(out, row, worst[key], id(row) in embedded) if pictured is None else pictured
         scans.append(
             {
                 "anchor": anchor,
@@ -100,7 +107,7 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
                 "worst": named,
                 "cells": _list_cells(row, worst[key], named, found),
                 "warnings": results.warnings.get(key, ()),
-                "pictures": pictures,
+                "pictures": shown,
                 **_list_regions(found),
             }
         )

@@ -27,7 +27,7 @@ from evaluation.colours import (
     STEEPNESS,
 )
 from evaluation.panels import find_crop
-from evaluation.pictures import make_url
+from evaluation.pictures import EFFORT, make_url
 from evaluation.places import describe_regions, name_slice
 from evaluation.predictor import Prediction
 
@@ -120,7 +120,7 @@ def lay_out(volume: np.ndarray) -> np.ndarray:
 def encode_picture(pixels: np.ndarray, **options) -> str:
     """A picture (H, W) or (H, W, 3) uint8 as a data URL of WebP."""
     packed = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(packed, "WEBP", method=4, **options)
+    Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(packed, "WEBP", method=EFFORT, **options)
     return make_url("image/webp", packed.getvalue())
 
 
