@@ -123,15 +123,70 @@ def test_the_level_of_fluid_shifts_by_a_tenth_and_tissue_stays(flat, monkeypatch
     assert shift.mean() == pytest.approx(0, abs=0.02)
 
 
-def test_regions_differ_by_a_few_percent(monkeypatch):
-    """Between two pixels of a grey slice; strength up to 0.1, so a mean square of 0.1^2 / 3."""
+@pytest.fixture
+def halves(monkeypatch):
+    """A function: of the fields that vary by region, the n-th alone is 1 in the upper and -1 in the lower half."""
+
+    def choose(number):
+        calls = iter(range(3))
+
+        def divide(shape, grids, _):
+            noise = torch.zeros(shape[0], 1, *shape[2:])
+            if grids == corruption.REGION_GRIDS and next(calls) == number:
+                noise[:, :, : shape[2] // 2], noise[:, :, shape[2] // 2 :] = 1, -1
+            return noise
+
+        monkeypatch.setattr(corruption, "make_smooth_noise", divide)
+        monkeypatch.setattr(corruption, "warp_locally", lambda x, _: x)
+
+    return choose
+
+
+def measure_halves(values, count=2000):
+    """(count,) mean of the logarithm in the upper and in the lower half, of each of two values side by side."""
+    slice_ = np.full((64, 64), values[0])
+    slice_[:, 32:] = values[1]
+    logs = anatomy(slice_, count).log()
+    sides = [
+        torch.stack([logs[:, rows, columns].mean((1, 2)) for columns in (slice(12, 20), slice(44, 52))]).sort(0).values
+        for rows in (slice(12, 24), slice(40, 52))
+    ]
+    return torch.stack(sides)  # half, value, slice
+
+
+@pytest.mark.parametrize(("number", "up_to"), [(0, 0.3), (2, 0.2)], ids=["power", "gain"])
+def test_contrast_and_gain_differ_between_regions(halves, monkeypatch, number, up_to):
+    """Log out = power * log in + gain. Strengths are uniform, so halves apart by two of them are up_to on average."""
+    monkeypatch.setattr(corruption, "FLUID_BELOW", 1e-9)
+    halves(number)
+    (dark, bright), (dark_below, bright_below) = measure_halves((0.2, 0.5))
+    power, power_below = bright - dark, bright_below - dark_below
+    if number == 0:
+        apart = power.log() - power_below.log()
+    else:
+        apart = bright - bright_below
+        assert (power - power_below).abs().median() < 0.01, "a gain changes no contrast"
+    assert apart.mean() == pytest.approx(up_to, rel=0.06)
+    assert apart.min() > -0.02
+    assert apart.max() == pytest.approx(2 * up_to, rel=0.06)
+
+
+def test_the_level_of_fluid_differs_between_regions(halves):
+    halves(1)
+    (fluid, tissue), (fluid_below, tissue_below) = measure_halves((0.15, 0.9)).exp()
+    assert (tissue - tissue_below).abs().max() < 1e-5
+    free = (fluid_below > 0.05) & (fluid < 0.2)  # neither at the floor nor near tissue
+    apart = (fluid - fluid_below)[free]
+    assert apart.min() > -1e-3
+    assert 0.03 < apart.mean() < 0.1
+
+
+def test_regions_differ_smoothly(monkeypatch):
     monkeypatch.setattr(corruption, "FLUID_BELOW", 1e-9)
     logs = anatomy(np.full((64, 64), 0.5), 3000).log()
-    apart = logs[:, 32, 24] - logs[:, 32, 40]
-    noise = make_smooth_noise((6000, 1, 64, 64), (6, 8), seed(1))[:, 0]
-    expected = (noise[:, 32, 24] - noise[:, 32, 40]).square().mean() * 0.1**2 / 3
-    assert apart.square().mean() == pytest.approx(expected.item(), rel=0.15)
-    assert logs.diff(dim=2)[:, 16:48, 16:48].abs().max() < 0.06, "and smoothly"
+    assert (logs[:, 32, 24] - logs[:, 32, 40]).std() > 0.1
+    near, far = ((logs[:, 32, 24] - logs[:, 32, 24 + step]).square().mean() for step in (1, 8))
+    assert near < far / 20
 
 
 def test_the_bias_field_and_the_gain_by_their_moments():
@@ -159,7 +214,7 @@ def test_noise_is_up_to_four_hundredths():
 
 
 @pytest.mark.parametrize("vary", [lambda x: scan(x.expand(-1, 2, -1, -1), seed()), lambda x: vary_anatomy(x, seed())])
-def test_half_of_the_slices_are_blurred_by_up_to_nine_tenths_of_a_3x3_mean(vary, monkeypatch):
+def test_half_of_the_slices_are_blurred_by_up_to_nine_tenths_of_a_3x3_mean(vary, flat, monkeypatch):
     """The mean leaves a third of stripes of 4 pixels, and nearly all of those of 16."""
     monkeypatch.setattr(corruption, "change_pose", lambda x, _: x)
     rows, columns = np.mgrid[:64, :64]

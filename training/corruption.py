@@ -24,6 +24,7 @@ from models.autoencoder import take_middle
 
 FLOOR = 1e-3  # brain pixels stay above 0
 SMALL_BLOB = 8.0  # radius
+LARGE_AREA = 273.0  # pixels: a disc of 15 mm radius
 CHANNEL_SPACING = 2.56  # from one channel to the next: 4 mm
 GRIDS = (6, 12, 24)  # cells along each side of the grids of noise within blobs
 REGION_GRIDS = (6, 8)
@@ -47,11 +48,15 @@ def vary_anatomy(slices: Tensor, generator: Generator) -> Tensor:
     """Healthy slices as other subjects and sequences would give them. Same shape, in [0, 1], background 0."""
     x = change_some(change_pose(slices, generator), 0.4, warp_locally, generator)
     brain, each = x > 0, (len(x), 1, 1, 1)
-    # contrast: a power, which keeps 0 and 1, and a level of fluid
-    x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal(each, generator) * 0.35))
-    x = x + _normal(each, generator) * 0.1 * (1 - x / FLUID_BELOW).clamp(min=0)
-    # sequences differ in how bright one region is beside the next, the thalami beside the insula
-    x = x * torch.exp(make_smooth_noise(x.shape, REGION_GRIDS, generator) * _uniform(each, 0, 0.1, generator))
+
+    def differ_by_region(up_to: float) -> Tensor:
+        return make_smooth_noise(x.shape, REGION_GRIDS, generator) * _uniform(each, 0, up_to, generator)
+
+    # contrast: a power, which keeps 0 and 1, a level of fluid, a gain. Sequences and coils also change them from region
+    # to region: how bright the thalami are beside the insula, how grey the cortex of one lobe is beside another's
+    x = torch.exp(torch.log(x.clamp(min=FLOOR)) * torch.exp(_normal(each, generator) * 0.35 + differ_by_region(0.3)))
+    x = x + (_normal(each, generator) * 0.1 + differ_by_region(0.1)) * (1 - x / FLUID_BELOW).clamp(min=0)
+    x = x * torch.exp(differ_by_region(0.2))
     x = change_some(x, 0.5, blur, generator)  # less of the noise that these scans came with
     return torch.where(brain, x.clamp(FLOOR, 1), 0)
 
@@ -157,18 +162,20 @@ def infiltrate(x: Tensor, generator: Generator) -> Tensor:
 def paint_blob(x: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
     """Blend something else into a blob: a mottled grey, a change of brightness, foreign tissue, or what is `blurred`.
 
-    The grey keeps more or less of the texture x - blurred; foreign tissue is that of another slice, upside down.
+    The grey keeps more or less of the texture x - blurred; foreign tissue is that of another slice, upside down. Large
+    blobs hardly change in brightness: a coil or a sequence does the same to healthy tissue.
     """
     blob = draw_blob(x, generator)
     level = _uniform_each(x, 0, 1.1, generator)
     mottle = make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0, 0.15, generator)
     kind = _uniform_each(x, 0, 1, generator)
     texture = (x - blurred) * _uniform_each(x, 0, 1, generator)
-    brighter = x + _normal((len(x), 1, 1, 1), generator) * 0.25 + mottle
+    area = blob.square().sum((2, 3), keepdim=True).mean(1, keepdim=True)
+    brighter = x + _normal((len(x), 1, 1, 1), generator) * 0.25 * torch.exp(-area / LARGE_AREA) + mottle
     foreign = x.roll(1, 0).flip(-2)
     foreign = torch.where(foreign > 0, foreign, level)
     grey = level + mottle + texture
-    other = torch.where(kind < 0.5, grey, torch.where(kind < 0.75, brighter, torch.where(kind < 0.9, foreign, blurred)))
+    other = torch.where(kind < 0.6, grey, torch.where(kind < 0.75, brighter, torch.where(kind < 0.9, foreign, blurred)))
     return torch.lerp(x, other, blob * _uniform_each(x, 0.2, 1, generator))
 
 
