@@ -15,7 +15,7 @@ from preprocessing.simulator import load_template, simulate_scan
 from preprocessing.worker import CutSettings, cut_scan
 from tests.test_scripts import PROJECT
 
-KNOWN_SCORE = 38.21
+KNOWN_SCORE = 56.47
 EXAMPLE = PROJECT / "Dataset/example"
 
 
