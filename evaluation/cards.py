@@ -79,16 +79,7 @@ def describe_scans(out: Path, rows: list[dict], results: Results, pictured: list
     for region in results.regions:
         regions.setdefault((region["label"], region["scan"]), []).append(region)
     worst = {(row["label"], row["scan"]): row["slice"] for row in sorted(results.slices, key=lambda row: row["score"])}
-    first = [id(row) for row in select_scans(rows)]
-    embedded = sorted(rows, key=lambda row: id(row) not in first)[:PICTURED]
-    embedded = {id(row) for row in embedded}
-
-    def find_pictures(row: dict) -> list[dict]:
-        key = row["label"], row["scan"]
-        return _list_pictures(out, row, worst[key], id(row) in embedded) if pictured is None else pictured
-
-    with ThreadPoolExecutor() as pool:  # pictures are half of a page's time
-        pictures = list(pool.map(find_pictures, rows))
+    pictures = _find_pictures(out, rows, worst) if pictured is None else [pictured]
     scans = []
     for row, anchor, shown in zip(rows, name_anchors(rows), pictures, strict=True):
         key = row["label"], row["scan"]
@@ -131,6 +122,16 @@ def _list_cells(row: dict, worst: int, named: str, regions: list[dict]) -> dict[
     }
     marked = {"flagged"} if row["flagged"] else set()
     return {name: {"text": text, "sort": sort, "marked": name in marked} for name, (text, sort) in cells.items()}
+
+
+def _find_pictures(out: Path, rows: list[dict], worst: dict[tuple[str, str], int]) -> list[list[dict]]:
+    """`_list_pictures` of each row, by all cores: they take most of a page's time."""
+    first = [id(row) for row in select_scans(rows)]
+    embedded = {id(row) for row in sorted(rows, key=lambda row: id(row) not in first)[:PICTURED]}
+    with ThreadPoolExecutor() as pool:
+        return list(
+            pool.map(lambda row: _list_pictures(out, row, worst[row["label"], row["scan"]], id(row) in embedded), rows)
+        )
 
 
 def _list_pictures(out: Path, row: dict, worst: int, embedded: bool) -> list[dict]:

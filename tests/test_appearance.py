@@ -171,22 +171,31 @@ def test_contrast_and_gain_differ_between_regions(halves, monkeypatch, number, u
     assert apart.max() == pytest.approx(2 * up_to, rel=0.06)
 
 
-def test_the_level_of_fluid_differs_between_regions(halves):
+def test_the_level_of_fluid_differs_between_regions(halves, monkeypatch):
+    """By strengths that are uniform up to 0.1, so halves apart by two of them are 0.1 on average, of black."""
     halves(1)
     (fluid, tissue), (fluid_below, tissue_below) = measure_halves((0.15, 0.9)).exp()
     assert (tissue - tissue_below).abs().max() < 1e-5
-    free = (fluid_below > 0.05) & (fluid < 0.2)  # neither at the floor nor near tissue
-    apart = (fluid - fluid_below)[free]
+    monkeypatch.setattr(corruption, "FLUID_BELOW", 1e-9)
+    halves(1)
+    still = measure_halves((0.15, 0.9)).exp()[0, 0]  # the same slices with the level as it is
+    free = (fluid_below > 0.01) & (fluid < 0.44) & (still < 0.3)  # neither at the floor nor near tissue
+    apart = ((fluid - fluid_below) / (1 - still / 0.45))[free]
     assert apart.min() > -1e-3
-    assert 0.03 < apart.mean() < 0.1
+    assert apart.mean() == pytest.approx(0.1, rel=0.15)
+    assert apart.max() == pytest.approx(0.2, rel=0.06)
 
 
-def test_regions_differ_smoothly(monkeypatch):
+def test_regions_are_as_wide_as_cells_of_grids_of_6_and_8(monkeypatch):
+    """Differences grow with the distance as those of such noise do."""
     monkeypatch.setattr(corruption, "FLUID_BELOW", 1e-9)
     logs = anatomy(np.full((64, 64), 0.5), 3000).log()
-    assert (logs[:, 32, 24] - logs[:, 32, 40]).std() > 0.1
-    near, far = ((logs[:, 32, 24] - logs[:, 32, 24 + step]).square().mean() for step in (1, 8))
-    assert near < far / 20
+    noise = make_smooth_noise((6000, 1, 64, 64), (6, 8), seed(1))[:, 0]
+    growth = []
+    for values in (logs, noise):
+        near, far = ((values[:, 32, 24] - values[:, 32, 24 + step]).square().mean() for step in (4, 16))
+        growth.append((far / near).item())
+    assert growth[0] == pytest.approx(growth[1], rel=0.15)
 
 
 def test_the_bias_field_and_the_gain_by_their_moments():

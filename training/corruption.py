@@ -170,7 +170,7 @@ def paint_blob(x: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
     mottle = make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0, 0.15, generator)
     kind = _uniform_each(x, 0, 1, generator)
     texture = (x - blurred) * _uniform_each(x, 0, 1, generator)
-    area = blob.square().sum((2, 3), keepdim=True).mean(1, keepdim=True)
+    area = blob.square().sum((1, 2, 3), keepdim=True) / x.shape[1]
     brighter = x + _normal((len(x), 1, 1, 1), generator) * 0.25 * torch.exp(-area / LARGE_AREA) + mottle
     foreign = x.roll(1, 0).flip(-2)
     foreign = torch.where(foreign > 0, foreign, level)
