@@ -38,6 +38,7 @@ from common.cli import DataError, Parser, bounded, run_script
 from evaluation.metrics import (
     VOLUME_BINS,
     VoxelCounts,
+    count_marked,
     count_voxels,
     list_lesions,
     measure_detectability,
@@ -114,22 +115,21 @@ class Tally:
     def __init__(self, kinds: dict[str, str]):
         self.kinds, self.lesions = kinds, []
         self.voxels, self.scan_aps, self.slices, self.scans, self.p_values = VoxelCounts(), [], [], [], []
-        self.flagged = np.zeros(3)  # voxels at or above the threshold: within lesions, in all; lesion voxels
+        self.marked = np.zeros(3)  # what `count_marked` gives, of all scans
 
     def add(self, prediction: Prediction) -> None:
         scan, anomaly = prediction.scan, prediction.anomaly
         inside = np.isfinite(anomaly)
         lesion = np.zeros(inside.shape, bool) if scan.lesion is None else scan.lesion
         self.voxels.add(scan.subject, count_voxels(anomaly[inside], lesion[inside]))
-        above = anomaly[inside] >= prediction.threshold
-        self.flagged += ((above & lesion[inside]).sum(), above.sum(), lesion[inside].sum())
+        self.marked += count_marked(prediction.marked, lesion & inside)
         abnormal = scan.label == "abnormal"
         if abnormal and lesion[inside].any():
             self.scan_aps.append(average_precision_score(lesion[inside], anomaly[inside]))
             painted = scan.name.rpartition("_")[2]
             kind = painted if painted in VOLUME_ML else self.kinds.get(CONTRAST.sub("", scan.name))
             who = {"label": scan.label, "scan": scan.name, "subject": scan.subject, "kind": kind}
-            found = list_lesions(lesion, anomaly, prediction.threshold, scan.geometry.sampling_mm)
+            found = list_lesions(lesion, anomaly, prediction.marked, scan.geometry.sampling_mm)
             self.lesions += [who | one for one in found]
         self.scans.append((abnormal, prediction.scan_row["score"]))
         if not abnormal:
@@ -146,7 +146,7 @@ class Tally:
             voxels = self.voxels.figures()
             figures = {name: voxels[name]["value"] for name in ("voxel_ap", "best_dice")}
             figures["scan_ap"] = float(np.mean(self.scan_aps))
-            figures["dice"] = float(2 * self.flagged[0] / (self.flagged[1] + self.flagged[2]))
+            figures["dice"] = float(2 * self.marked[0] / (self.marked[1] + self.marked[2]))
             kinds = sorted({lesion["kind"] for lesion in self.lesions if lesion["kind"]})
             figures["by_kind"] = measure_detectability(self.lesions, lambda lesion: lesion["kind"], kinds)
             figures["by_volume"] = measure_detectability(self.lesions, name_volume, VOLUME_BINS)

@@ -47,7 +47,7 @@ class Gallery:
                 false_positives, prediction.scan_row["score"] / prediction.threshold, place[0], words, prediction
             )
         elif lesion is not None and lesion.any():
-            found = (anomaly[lesion] >= prediction.threshold).mean()
+            found = prediction.marked[lesion].mean()
             place = np.unravel_index(np.argmax(ndimage.distance_transform_edt(lesion)), lesion.shape)
             millilitres = lesion.sum() * np.prod(
                 [*prediction.scan.geometry.sampling_mm, prediction.scan.geometry.pixel_mm]

@@ -91,13 +91,14 @@ def draw_scores(groups: dict[str, np.ndarray], name: str, mark: tuple[float, str
 
 
 def draw_dice(thresholds: np.ndarray, dice: np.ndarray, calibrated: float, reached: float, counts: str) -> plt.Figure:
-    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one and what it reaches."""
+    """Dice (bins,) of the anomaly map over its thresholds (bins,), with the calibrated one and what marking reaches."""
     figure, axis = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
     axis.plot(thresholds, dice, color=OURS)
     best = int(dice.argmax())
-    axis.axvline(calibrated, color="black", linestyle=":", label=f"calibrated on normal scans: {reached:.3f}")
+    axis.axvline(calibrated, color="black", linestyle=":", label="calibrated on normal scans")
+    axis.plot(calibrated, reached, "D", color=OURS, label=f"as marked: {reached:.3f}", zorder=3)
     axis.plot(
-        thresholds[best], dice[best], "o", color="black", label=f"best, an upper bound: {dice[best]:.3f}", zorder=3
+        thresholds[best], dice[best], "o", color="black", label=f"best by the test labels: {dice[best]:.3f}", zorder=3
     )
     axis.set(
         title=f"Dice of the anomaly map\n{counts}",
@@ -130,7 +131,7 @@ def draw_detectability(by: dict[str, list[dict]]) -> plt.Figure:
         axis.set(
             title=f"lesions by {what}",
             xlabel=f"{what}; lesions in how many scans",
-            ylabel="at the calibrated threshold",
+            ylabel="as marked",
             xlim=(-0.5, len(groups) - 0.5),
             ylim=(-0.03, 1.03),
         )

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 BIN_BITS = 15  # a bin holds the scores that share all but the last 15 bits: at most 0.4 % wide
 RESAMPLES = 2000
-FOUND_SHARE = 0.1  # of a lesion flagged makes it found; less is had by chance in a large one
+FOUND_SHARE = 0.1  # of a lesion marked makes it found; less is had by chance in a large one
 SMALLEST_LESION_ML = 0.05
 VOLUME_EDGES_ML = (0.3, 1.0, 3.0, 10.0)
 VOLUME_BINS = ["under 0.3 ml", "0.3–1 ml", "1–3 ml", "3–10 ml", "10 ml and more"]
@@ -46,6 +46,19 @@ def mean(values, subjects) -> dict:
     table = np.stack([np.bincount(whose, values, len(names)), np.bincount(whose, minlength=len(names))], axis=1)
     interval = _intervals({"": lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1e-9)}, table)[""]
     return {"value": float(values.mean())} | interval
+
+
+def dice(counts: Sequence[Sequence[int]], subjects) -> dict:
+    """Dice over all voxels of scans, each with what `count_marked` gives: {"value", "low", "high"}."""
+    names, whose = np.unique(np.asarray(subjects), return_inverse=True)
+    table = np.zeros((len(names), 3))
+    np.add.at(table, whose, np.asarray(counts, dtype=float))
+
+    def pool(sums: np.ndarray) -> np.ndarray:
+        both, marked, lesion = np.moveaxis(sums, -1, 0)
+        return 2 * both / np.maximum(marked + lesion, 1e-9)
+
+    return {"value": float(pool(table.sum(axis=0)))} | _intervals({"": pool}, table)[""]
 
 
 def share(flags: list[bool]) -> dict:
@@ -87,6 +100,11 @@ def count_voxels(scores: np.ndarray, lesion: np.ndarray) -> dict[str, list[int]]
     return dict(zip(map(str, found.tolist()), counts.tolist(), strict=True))
 
 
+def count_marked(marked: np.ndarray, lesion: np.ndarray) -> list[int]:
+    """[voxels both marked and in a lesion, marked, in a lesion], of two arrays of bool."""
+    return [int((marked & lesion).sum()), int(marked.sum()), int(lesion.sum())]
+
+
 class VoxelCounts:
     """How many voxels of each subject have which score, within lesions and outside: all that voxel figures need.
 
@@ -114,17 +132,11 @@ class VoxelCounts:
             row[:, [column[key] for key in mine]] = np.array(list(mine.values())).T
         return (np.array(bins, dtype=np.int32) << BIN_BITS).view(np.float32), table
 
-    def figures(self, threshold: float | None = None) -> dict:
-        """Voxel AP, best Dice (over thresholds, so an upper bound), its threshold, and the prevalence of lesions.
-
-        With a threshold chosen beforehand, also `dice` at that threshold.
-        """
+    def figures(self) -> dict:
+        """Voxel AP, the Dice of the best threshold, that threshold, and the prevalence of lesions."""
         thresholds, table = self.table()
         pooled = table.sum(axis=0)
         counted = {"voxel_ap": counted_average_precision, "best_dice": best_dice}
-        if threshold is not None:
-            flagged = thresholds >= threshold
-            counted["dice"] = lambda counts: dice_of_flagged(counts, flagged)
         intervals = _intervals(counted, table)
         return {name: {"value": float(figure(pooled))} | intervals[name] for name, figure in counted.items()} | {
             "best_dice_threshold": float(thresholds[counted_dice(pooled).argmax()]),
@@ -159,37 +171,30 @@ def counted_dice(counts: np.ndarray) -> np.ndarray:
     return 2 * within / np.maximum(within + outside + within[..., -1:], 1e-9)
 
 
-def dice_of_flagged(counts: np.ndarray, flagged: np.ndarray) -> np.ndarray:
-    """(...,) Dice with the scores of these thresholds (thresholds,) bool flagged; 0 where none is."""
-    outside, within = np.moveaxis(counts[..., flagged].sum(axis=-1), -1, 0)
-    return 2 * within / np.maximum(within + outside + counts[..., 1, :].sum(axis=-1), 1e-9)
-
-
 def best_dice(counts: np.ndarray) -> np.ndarray:
-    """(...,) the highest Dice over all thresholds: an upper bound, chosen on the test labels."""
+    """(...,) the highest Dice over all thresholds: its threshold is chosen on the test labels."""
     return counted_dice(counts).max(axis=-1)
 
 
 def list_lesions(
-    lesion: np.ndarray, anomaly: np.ndarray, threshold: float, spacing_mm: tuple[float, float]
+    lesion: np.ndarray, anomaly: np.ndarray, marked: np.ndarray, spacing_mm: tuple[float, float]
 ) -> list[dict]:
-    """The lesions of a mask (n, H, W) bool, and how far the anomaly map (n, H, W) at a threshold finds each.
+    """The lesions of a mask (n, H, W) bool, and how far what is marked of the anomaly map, both likewise, finds each.
 
     Parts with at most two pixels between them are one lesion; parts under SMALLEST_LESION_ML are left out. Of each its
-    volume (ml); `covered`, the share of it at or above the threshold; `found`, whether that is at least FOUND_SHARE;
-    `dice` between it and the flagged regions that touch it. spacing_mm: between slices, between pixels.
+    volume (ml); `covered`, the share of it that is marked; `found`, whether that is at least FOUND_SHARE; `dice`
+    between it and the marked regions that touch it. spacing_mm: between slices, between pixels.
     """
     touching = np.ones((3, 3, 3))
     lesion = lesion & np.isfinite(anomaly)
     labels, count = ndimage.label(ndimage.binary_dilation(lesion, touching), touching)
-    flagged = np.nan_to_num(anomaly, nan=-1) >= threshold
-    regions, _ = ndimage.label(flagged)
+    regions, _ = ndimage.label(marked)
     sizes = np.bincount(regions.ravel())
     pixel_ml = spacing_mm[0] * spacing_mm[1] ** 2 / 1000
     lesions = []
     for index in range(1, count + 1):
         within = lesion & (labels == index)
-        size, hit = int(within.sum()), int((within & flagged).sum())
+        size, hit = int(within.sum()), int((within & marked).sum())
         if size * pixel_ml < SMALLEST_LESION_ML:
             continue
         touched = np.setdiff1d(regions[within], [0])

@@ -16,22 +16,23 @@ import numpy as np
 from common.files import make_folder, open_regular, replace_when_whole, write_atomically
 from evaluation.colours import HIGHEST, LOWEST
 from evaluation.predictor import Prediction
+from evaluation.regions import EXTENT
 from preprocessing.store import LoadedScan
 
 BIDS_VERSION = "1.10.0"
 BIDS_README = """# Anomaly maps of brain scans
 
 `*_desc-anomaly_statmap.nii.gz` shows how unlike healthy tissue each voxel is, in times the scan's median; NaN was not
-scored. `*_desc-anomaly_mask.nii.gz` holds the voxels at or above the calibrated threshold. Both lie on the scan's own
-grid. Not a medical device: nothing here is for diagnosis.
+scored. `*_desc-anomaly_mask.nii.gz` holds the voxels that are marked: at or above the calibrated threshold and, in each
+region, a share of its peak. Both lie on the scan's own grid. Not a medical device: nothing here is for diagnosis.
 """
 
 
 def write_maps(stem: Path, prediction: Prediction) -> None:
-    """Write `<stem>_anomaly.nii.gz` and `<stem>_mask.nii.gz`, the voxels at or above the threshold."""
+    """Write `<stem>_anomaly.nii.gz` and `<stem>_mask.nii.gz`, the voxels that are marked."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_map(Path(f"{stem}_anomaly.nii.gz"), prediction, "anomaly, times the scan's median")
-    write_map(Path(f"{stem}_mask.nii.gz"), prediction, f"anomaly at or above {prediction.threshold:.3f}", mask=True)
+    write_map(Path(f"{stem}_mask.nii.gz"), prediction, f"marked, threshold {prediction.threshold:.3f}", mask=True)
 
 
 def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False) -> None:
@@ -50,7 +51,7 @@ def write_map(path: Path, prediction: Prediction, about: str, mask: bool = False
     lowest, highest = (0, 1) if mask else (LOWEST * prediction.threshold, HIGHEST * prediction.threshold)
     image.header["cal_min"], image.header["cal_max"] = lowest, highest
     if mask:
-        image.header.set_intent("label", name="above threshold")
+        image.header.set_intent("label", name="marked")
     else:
         image.header.set_intent("estimate", name="anomaly")  # none of the statistics that NIfTI names
     image.header.set_xyzt_units("mm")
@@ -81,8 +82,8 @@ def read_owner(path: Path) -> str:
 
 
 def make_mask(prediction: Prediction) -> np.ndarray:
-    """(I, J, K) uint8: the voxels of the native map at or above the threshold."""
-    return (prediction.native_map >= prediction.threshold).view(np.uint8)  # which NaN is not
+    """(I, J, K) uint8: the voxels of the native map that are marked."""
+    return (prediction.native_numbers > 0).view(np.uint8)
 
 
 def is_sheared(affine: np.ndarray) -> bool:
@@ -119,8 +120,8 @@ def write_bids_maps(folder: Path, name: str, prediction: Prediction, raw: Path) 
     for ending, is_mask, about, more in (
         ("desc-anomaly_statmap", False, "Anomaly map; NaN where nothing was scored",
          {"Units": "times the scan's median"}),
-        ("desc-anomaly_mask", True, "Voxels at or above the calibrated threshold",
-         {"Type": "Lesion", "Threshold": prediction.threshold}),
+        ("desc-anomaly_mask", True, "Marked voxels: at or above the threshold and, in each region, a share of its peak",
+         {"Type": "Lesion", "Threshold": prediction.threshold, "ShareOfPeak": EXTENT}),
     ):  # fmt: skip
         path = Path(f"{stem}_{ending}.nii.gz")
         write_map(path, prediction, about, is_mask)

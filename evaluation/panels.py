@@ -1,6 +1,6 @@
 """Pictures of slices: a panel for one slice, a montage for a scan. Nose up, the subject's left on the left.
 
-The colours are those of `colours`. A white line is the calibrated threshold, a sky-blue one a known lesion's outline.
+The colours are those of `colours`. A white line is the border of what is marked, a sky-blue one that of a known lesion.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _draw_row(axes: list[plt.Axes], prediction: Prediction, i: int):
         for x, letter in ((0.04, "L"), (0.96, "R")):
             style = {"color": colour, "weight": "bold", "ha": "center", "va": "center"}
             axis.text(x, 0.5, letter, transform=axis.transAxes, **style)
-    _draw_line(axes[3], np.nan_to_num(prediction.anomaly[i]), prediction.threshold, BORDER_COLOUR)
+    _draw_line(axes[3], np.nan_to_num(prediction.anomaly[i] / prediction.limits[i]), 1, BORDER_COLOUR)
     if lesion is not None:
         for axis in (axes[0], axes[2], axes[3]):
             _draw_line(axis, lesion[i], 0.5, LESION_COLOUR)
@@ -95,7 +95,7 @@ def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     """All kept slices of a scan from the lowest to the highest, at most 48 of them, with the anomaly map over each."""
     scan = prediction.scan
     shown = np.unique(np.linspace(0, len(scan.stack) - 1, MONTAGE_SLICES).round().astype(int))
-    anomaly = np.nan_to_num(prediction.anomaly[shown])
+    multiples = np.nan_to_num(prediction.anomaly[shown] / prediction.limits[shown])
     crop = find_crop((scan.stack > 0).any(axis=0))
 
     def tile(slices: np.ndarray, fill: float | list[float]) -> np.ndarray:
@@ -110,7 +110,7 @@ def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     axis = figure.add_axes((0, 0, 10 / width, height / (height + top)))
     axis.imshow(canvas, interpolation="none")
     axis.set_axis_off()
-    _draw_line(axis, tile(anomaly, 0), prediction.threshold, BORDER_COLOUR)
+    _draw_line(axis, tile(multiples, 0), 1, BORDER_COLOUR)
     if scan.lesion is not None:
         _draw_line(axis, tile(scan.lesion[shown].astype(np.float32), 0), 0.5, LESION_COLOUR)
     _write_numbers(axis, tile(_keep_largest(prediction.region_numbers[shown]), 0))

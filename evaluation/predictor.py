@@ -13,7 +13,7 @@ from torch import nn
 
 from common.cli import DataError
 from common.device import find_precision
-from evaluation.regions import label_regions, list_regions
+from evaluation.regions import find_regions, list_regions
 from models.anomaly import compute_residual, find_median, reconstruct, score_mse, score_scan, score_slices, smooth_map
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
@@ -36,8 +36,9 @@ class Prediction:
     reconstruction  (n, H, W) float32, 0 outside the brain
     maps            {detector: (n, H, W) float32, NaN outside the brain}; all DETECTORS, or the model's alone
     native_map      (I, J, K) float32: the anomaly map on the scan's own grid, NaN where nothing was scored
-    regions         connected regions of the native map at or above the threshold, the largest first; `p_value`: how
-                    often a healthy scan shows a region of such a mass, the volume times the mean
+    native_numbers  (I, J, K) int: the number, from 1, of the region in which a voxel of it is marked; 0: in none
+    regions         the marked regions of the native map (`regions.list_regions`), the largest first, without those too
+                    small to be listed; `p_value`: how often a healthy scan shows a region of such a mass
     slice_rows      a row for each slice, as scores.csv has them
     scan_row        the scan's row, as scans.csv has it
     threshold       the calibrated threshold of a voxel, in units of the scan's median
@@ -49,6 +50,7 @@ class Prediction:
     reconstruction: np.ndarray
     maps: dict[str, np.ndarray]
     native_map: np.ndarray
+    native_numbers: np.ndarray
     regions: list[dict]
     slice_rows: list[dict]
     scan_row: dict
@@ -66,17 +68,26 @@ class Prediction:
         return np.array(self.scan.geometry.affine)
 
     @cached_property
+    def limits(self) -> np.ndarray:
+        """(n, H, W) the anomaly from which each pixel of the stack is marked (`regions.find_regions`)."""
+        return find_regions(self.anomaly, self.threshold)[1]
+
+    @cached_property
+    def marked(self) -> np.ndarray:
+        """(n, H, W) bool: which pixels of the stack are marked."""
+        return np.nan_to_num(self.anomaly) >= self.limits
+
+    @cached_property
     def region_numbers(self) -> np.ndarray:
         """(n, H, W) int: the number, from 1, of the listed region that each pixel of the stack lies in; 0: in none."""
         numbers = np.zeros(self.anomaly.shape, int)
-        pixels = np.argwhere(np.nan_to_num(self.anomaly) >= self.threshold)
+        pixels = np.argwhere(self.marked)
         if len(pixels) and self.regions:
-            labels = label_regions(self.native_map, self.threshold)
-            labels[labels > len(self.regions)] = 0  # too small to be listed
             to_native = np.linalg.inv(self.affine) @ self.scan.geometry.stack_affine
             voxels = np.rint(nib.affines.apply_affine(to_native, pixels[:, ::-1])).astype(int)
-            inside = ((voxels >= 0) & (voxels < labels.shape)).all(axis=1)
-            numbers[tuple(pixels[inside].T)] = labels[tuple(voxels[inside].T)]
+            inside = ((voxels >= 0) & (voxels < self.native_numbers.shape)).all(axis=1)
+            numbers[tuple(pixels[inside].T)] = self.native_numbers[tuple(voxels[inside].T)]
+            numbers[numbers > len(self.regions)] = 0  # too small to be listed
         return numbers
 
     def rank_slices(self) -> list[int]:
@@ -159,13 +170,15 @@ class Predictor:
         maps = {name: values.cpu().numpy() for name, values in maps.items()}
         threshold = self.calibration.voxel_threshold
         native_map = scan.geometry.restore(maps["score"])
-        regions = list_regions(native_map, np.array(scan.geometry.affine), threshold, self.smallest_ml)
-        p_values = self.calibration.p_values_of_regions([one["volume_ml"] * one["mean"] for one in regions])
+        affine = np.array(scan.geometry.affine)
+        regions, native_numbers = list_regions(native_map, affine, threshold, self.smallest_ml)
+        p_values = self.calibration.p_values_of_regions([one.pop("mass") for one in regions])
         return Prediction(
             scan=scan,
             reconstruction=reconstruction.cpu().numpy(),
             maps=maps,
             native_map=native_map,
+            native_numbers=native_numbers,
             regions=[one | {"p_value": p_value} for one, p_value in zip(regions, p_values, strict=True)],
             slice_rows=self._list_slices(scan, slice_scores),
             scan_row=self._describe_scan(scan, scan_scores),

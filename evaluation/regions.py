@@ -8,25 +8,55 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 COMMON = 0.2  # what a larger share of healthy scans shows is not worth a look
+EXTENT = 0.15  # of its highest anomaly, down to which a region is marked
 MIDLINE_MM = 5.0  # a region whose centre is nearer to the middle of the brain is on neither side
 
 
-def list_regions(anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float) -> list[dict]:
-    """Regions of a map (I, J, K), NaN where nothing was scored, at or above the threshold, the largest first.
+def find_regions(anomaly: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """What is marked of a map of any shape, NaN where nothing was scored: (regions int, limits), both of its shape.
 
-    affine (4, 4) to scanner mm. Voxels are connected over faces. Each region with its volume (ml), its centre weighted
-    by the anomaly in scanner mm (RAS+), the side of the subject's brain that it is on, its highest and mean anomaly,
-    and where it is highest, in mm.
+    A region is what is connected over faces at or above the threshold; its voxels have its number, from 1, others 0.
+    A voxel is marked where the map is at or above its limit: the threshold, and in a region also EXTENT of the region's
+    highest value. For the map's smoothing spreads a strong lesion over millimetres of healthy tissue; as PET draws
+    tumours down to a share of their maximum (Erdi et al., Cancer 1997).
     """
+    values = np.nan_to_num(anomaly)
+    regions, count = ndimage.label(values >= threshold)
+    peaks = ndimage.maximum(values, regions, range(1, count + 1))
+    limits = np.concatenate([[threshold], np.maximum(threshold, EXTENT * np.asarray(peaks, float))])
+    return regions, limits.astype(np.float32)[regions]
+
+
+def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:
+    """Where a map of any shape is marked, bool, as `find_regions` says."""
+    return np.nan_to_num(anomaly) >= find_regions(anomaly, threshold)[1]
+
+
+def list_regions(
+    anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float
+) -> tuple[list[dict], np.ndarray]:
+    """(the marked regions of a map, the largest first; their numbers (I, J, K) int, from 1 in this order, 0 in none).
+
+    The map (I, J, K) is NaN where nothing was scored; affine (4, 4) to scanner mm. Each region with its volume (ml),
+    its centre weighted by the anomaly in scanner mm (RAS+), the side of the subject's brain that it is on, its highest
+    and mean anomaly, where it is highest, in mm, and its mass: volume times mean of all of it that is at or above the
+    threshold, marked or not. Regions under smallest_ml are not listed; they have the numbers after the last one.
+    """
+    numbers = np.zeros(anomaly.shape, np.int32)
     flagged = anomaly >= threshold  # which NaN is not
     if not flagged.any():
-        return []
+        return [], numbers
     middle = nib.affines.apply_affine(affine, find_middle(np.isfinite(anomaly)))[0]
     box = ndimage.find_objects(flagged.view(np.uint8))[0]  # regions hardly fill a tenth of the grid
-    labels = label_regions(anomaly[box], threshold)
+    values = np.nan_to_num(anomaly[box])
+    connected, limits = find_regions(values, threshold)
+    labels = np.where(values >= limits, connected, 0)
+    masses = ndimage.sum_labels(values, connected, range(connected.max() + 1))
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    regions = []
-    for region in regionprops(labels, np.nan_to_num(anomaly[box])):
+    regions, order = [], np.zeros(len(masses), np.int32)
+    found = sorted(regionprops(labels, values), key=lambda region: -region.area)
+    for number, region in enumerate(found, 1):
+        order[region.label] = number
         volume_ml = region.area * voxel_ml
         if volume_ml < smallest_ml:
             continue
@@ -40,19 +70,13 @@ def list_regions(anomaly: np.ndarray, affine: np.ndarray, threshold: float, smal
                 "volume_ml": float(volume_ml),
                 **{"x_mm": x, "y_mm": y, "z_mm": z},
                 **{"peak": float(region.intensity_max), "mean": float(region.intensity_mean)},
+                "mass": float(masses[region.label] * voxel_ml),
                 "side": name_side(x - middle),
                 **{f"peak_{axis}_mm": float(place) for axis, place in zip("xyz", peak_mm, strict=True)},
             }
         )
-    return sorted(regions, key=lambda region: -region["volume_ml"])
-
-
-def label_regions(anomaly: np.ndarray, threshold: float) -> np.ndarray:
-    """(I, J, K) int: 1 in the largest region of a map at or above the threshold, 2 in the next, 0 in none."""
-    labels, _ = ndimage.label(anomaly >= threshold)  # which NaN is not
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = labels.size + 1  # what is in none stays 0
-    return np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")[labels]
+    numbers[box] = order[labels]
+    return regions, numbers
 
 
 def find_middle(inside: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ MOST_SCANS = 1000  # in the page's table; a browser is slow with more
 FILES = {
     "scores.csv": "a row a slice",
     "scans.csv": "a row a scan",
-    "regions.csv": "connected regions above the calibrated threshold",
+    "regions.csv": "the marked regions",
     "lesions.csv": f"a row a known lesion: found or not; volumes from {VOLUME_BINS[0]} to {VOLUME_BINS[-1]}",
     "metrics.json": "all figures with intervals and counts",
     "table.md": "the table of figures as Markdown",
@@ -39,7 +39,7 @@ FILES = {
 }
 SCAN_FILES = {
     "map": "the anomaly map on the scan's own grid",
-    "mask": "the voxels at or above the threshold",
+    "mask": "the voxels that are marked",
     "brain": "the brain that was extracted",
     "picture": "the worst slices",
     "record": "verdict, score, p-value and regions, for programs",

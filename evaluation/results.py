@@ -18,7 +18,9 @@ from evaluation.metrics import (
     VoxelCounts,
     auroc,
     average_precision,
+    count_marked,
     count_voxels,
+    dice,
     list_lesions,
     measure_detectability,
     name_volume,
@@ -41,6 +43,7 @@ class ScanResult:
     scan, slices, regions  its rows of the tables
     lesions                a row for each known lesion, without its kind
     voxels                 {detector: what `count_voxels` gives}; None where its lesions are not known
+    marked                 what `count_marked` gives; None likewise
     worst_slice            in mm and by the file's own index
     warnings               what its file and its misfit warn of
     misfit                 whether it does not fit the calibration
@@ -54,6 +57,7 @@ class ScanResult:
     regions: list[dict]
     lesions: list[dict]
     voxels: dict[str, dict] | None
+    marked: list[int] | None
     worst_slice: str
     warnings: list[str]
     misfit: bool
@@ -64,13 +68,14 @@ class ScanResult:
     @classmethod
     def of(cls, prediction: Prediction, viewer_bytes: int = 0) -> ScanResult:
         """That of a prediction; voxels are counted of the maps that it has."""
-        scan, lesions, voxels = prediction.scan, [], None
+        scan, lesions, voxels, marked = prediction.scan, [], None, None
         if scan.lesion is not None:
             voxels = {}
             for name, values in prediction.maps.items():
                 brain = np.isfinite(values)
                 voxels[name] = count_voxels(values[brain], scan.lesion[brain])
-            lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.threshold, scan.geometry.sampling_mm)
+            lesions = list_lesions(scan.lesion, prediction.anomaly, prediction.marked, scan.geometry.sampling_mm)
+            marked = count_marked(prediction.marked, scan.lesion & np.isfinite(prediction.anomaly))
         who = {"label": scan.label, "scan": scan.name}
         unscored = scan.unscored_lesions_ml
         return cls(
@@ -79,6 +84,7 @@ class ScanResult:
             regions=[who | region for region in describe_regions(prediction)],
             lesions=[who | {"subject": scan.subject, "kind": None} | lesion for lesion in lesions],
             voxels=voxels,
+            marked=marked,
             worst_slice=name_slice(scan.geometry, prediction.rank_slices()[0]),
             warnings=[*scan.warnings, *([explain_misfit(prediction.misfit)] if prediction.misfit else [])],
             misfit=bool(prediction.misfit),
@@ -116,6 +122,7 @@ class Results:
         self.worst_slices = {}  # by (label, scan)
         self.misfits = 0  # scans that do not fit the calibration
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
+        self.marked = []  # (subject, what `count_marked` gave) of each scan whose lesions are known
 
     def add(self, result: ScanResult) -> None:
         row = result.scan
@@ -133,6 +140,7 @@ class Results:
             return
         for name, counts in result.voxels.items():
             self.voxels[name].add(row["subject"], counts)
+        self.marked.append((row["subject"], result.marked))
         kind = self.kinds.get(row["scan"]) or self.kinds.get(CONTRAST.sub("", row["scan"]))
         self.lesions += [lesion | {"kind": kind} for lesion in result.lesions]
         holds = any(one["lesion_voxels"] for one in result.slices)
@@ -173,15 +181,12 @@ class Results:
         unknown = {"without_lesion_mask": len(self.name_unknown()), "unlike_calibration": self.misfits}
         return counts | {"slices": len(self.slices), "subjects": len(subjects), "lesions": len(self.lesions)} | unknown
 
-    def measure(self, threshold: float, quiet: bool) -> dict[str, dict]:
-        """All figures by detector, each with its sample sizes.
-
-        threshold: the calibrated one of the anomaly map, for the Dice that needs no labels to choose it.
-        """
+    def measure(self, quiet: bool) -> dict[str, dict]:
+        """All figures by detector, each with its sample sizes."""
         bar = tqdm(DETECTORS, desc="measuring", unit="detector", disable=quiet or None)
-        return {name: self._measure_detector(name, threshold if name == "score" else None) for name in bar}
+        return {name: self._measure_detector(name) for name in bar}
 
-    def _measure_detector(self, name: str, threshold: float | None) -> dict:
+    def _measure_detector(self, name: str) -> dict:
         figures = {}
         for level, rows in (("slice", self.list_counted_slices()), ("scan", self.list_labelled())):
             scores, subjects = ([row[key] for row in rows] for key in (name, "subject"))
@@ -195,7 +200,9 @@ class Results:
             known = self.list_known(self.scans)
             sizes = {"subjects": len({row["subject"] for row in known}), "slices": len(self.list_known(self.slices))}
             sizes |= {"lesions": len(self.lesions), "scans": len(known)}
-            voxels = self.voxels[name].figures(threshold)
+            voxels = self.voxels[name].figures()
+            if name == "score":
+                voxels["dice"] = dice(*zip(*[(counts, subject) for subject, counts in self.marked], strict=True))
             figures |= {key: value | sizes if isinstance(value, dict) else value for key, value in voxels.items()}
         return figures
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "voxel_ap": "voxel AP",
-    "best_dice": "best Dice (upper bound)",
-    "dice": "Dice at calibrated threshold",
+    "best_dice": "best Dice (threshold by the labels)",
+    "dice": "Dice as marked",
     "slice_auroc": "slice AUROC",
     "scan_auroc": "scan AUROC",
 }

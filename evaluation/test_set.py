@@ -123,7 +123,7 @@ def fill_folder(
             for level in ("scan", "slice")
         },
         "flagged": results.count_flagged(),
-        "figures": results.measure(predictor.calibration.voxel_threshold, test_set.quiet),
+        "figures": results.measure(test_set.quiet),
         "detectability": results.measure_lesions(),
     }
     write_results(test_set, predictor, results, viewers, content)
@@ -303,7 +303,7 @@ def log_figures(content: dict) -> None:
         log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
     if "dice" in names:
         log.info(
-            "best dice is an upper bound, its threshold chosen on the test labels; dice is at the calibrated threshold"
+            "best dice is of the threshold that fits the test labels best; dice is of what is marked, without labels"
         )
     for label in LABELS:
         if count := content["flagged"].get(label):

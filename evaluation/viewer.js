@@ -48,6 +48,7 @@ class Viewer {
     const { depth, tall, wide, packed } = this;
     const count = depth * tall * wide;
     for (const name of ["scan", "code", "residual", "lesion"]) this[name] = new Uint8Array(count);
+    this.excess = new Int16Array(count);
     for (let z = 0, i = 0; z < depth; z++) {
       const left = (z % packed.tiles) * wide;
       const bottom = (Math.floor(z / packed.tiles) + 1) * tall - 1;
@@ -186,6 +187,35 @@ class Viewer {
   // codes of viewer.py: the anomaly in doublings of the threshold
   doublings(code) { return (code - 2) / this.palette.codes_per_doubling + this.palette.least_doublings; }
 
+  // what is marked at the border chosen, as regions.py does it: `excess` is the code less that from which a voxel is marked
+  mark() {
+    if (this.markedAt === this.threshold) return;
+    const { palette, code, excess, wide, tall } = this, layer = wide * tall;
+    const border = Math.round(2 + (this.threshold - palette.least_doublings) * palette.codes_per_doubling);
+    const reach = Math.round(palette.extent_doublings * palette.codes_per_doubling);
+    const seen = new Uint8Array(code.length);
+    for (let first = 0; first < code.length; first++) {
+      if (seen[first]) continue;
+      excess[first] = code[first] - border;
+      if (code[first] < border) continue;
+      const region = [first];
+      seen[first] = 1;
+      let peak = 0;
+      for (let i = 0; i < region.length; i++) {
+        const at = region[i], x = at % wide, y = Math.floor(at % layer / wide);
+        peak = Math.max(peak, code[at]);
+        for (const [inside, next] of [[x > 0, at - 1], [x < wide - 1, at + 1], [y > 0, at - wide],
+          [y < tall - 1, at + wide], [at >= layer, at - layer], [at + layer < code.length, at + layer]]) {
+          if (!inside || seen[next] || code[next] < border) continue;
+          seen[next] = 1;
+          region.push(next);
+        }
+      }
+      for (const at of region) excess[at] = code[at] - Math.max(border, peak + reach);
+    }
+    this.markedAt = this.threshold;
+  }
+
   paint(index, pixel, at) {
     const { palette } = this;
     const contrast = value => 255 * ((value - this.level) / this.window + 0.5);
@@ -218,6 +248,7 @@ class Viewer {
 
   draw() {
     if (!this.scan) return;
+    this.mark();
     PLANES.forEach((plane, i) => this.drawPlane(plane, this.canvases[i]));
     this.describe();
   }
@@ -240,8 +271,7 @@ class Viewer {
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
     const toX = across => (across + 0.5) * sx, toY = up => (tall - up - 0.5) * sy;
     if (this.lines && this.mode !== "reconstruction") {
-      const code = 2 + (this.threshold - this.palette.least_doublings) * this.palette.codes_per_doubling;
-      if (this.mode === "anomaly map") this.trace(context, plane, this.code, code - 0.5, this.palette.border, toX, toY);
+      if (this.mode === "anomaly map") this.trace(context, plane, this.excess, -0.5, this.palette.border, toX, toY);
       if (this.packed.lesion) this.trace(context, plane, this.lesion, 127, this.palette.lesion, toX, toY);
     }
     context.lineWidth = ratio;

@@ -30,6 +30,7 @@ from evaluation.panels import find_crop
 from evaluation.pictures import EFFORT, make_url
 from evaluation.places import describe_regions, name_slice
 from evaluation.predictor import Prediction
+from evaluation.regions import EXTENT
 
 TILES = 10  # slices in a row of a mosaic
 THINNEST_MM = 1.5  # slices nearer to each other are left out; a stack's are 2 mm thick, or more
@@ -49,6 +50,7 @@ def describe_palette() -> dict:
     lines = {"border": BORDER_COLOUR, "lesion": LESION_COLOUR}
     codes = {"residual_top": RESIDUAL_TOP, "residual_steps": RESIDUAL_STEPS}
     codes |= {"codes_per_doubling": CODES_PER_DOUBLING, "least_doublings": LEAST_DOUBLINGS}
+    codes |= {"extent_doublings": float(np.log2(EXTENT))}
     return {"luts": luts} | scale | lines | codes
 
 

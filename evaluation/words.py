@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evaluation.metrics import FOUND_SHARE
 from evaluation.predictor import DETECTORS, Prediction
-from evaluation.regions import COMMON
+from evaluation.regions import COMMON, EXTENT
 from evaluation.table import COLUMNS, format_figure, format_p
 from models.calibration import VOXELS_FLAGGED, count_needed_scans
 from preprocessing.scans import LABELS
@@ -59,15 +59,18 @@ def explain_terms(content: dict) -> dict[str, str]:
         "for that texture, in units of the scan's median",
         "threshold": f"an anomaly of {calibration['voxel_threshold']:.3g}: {100 * VOXELS_FLAGGED:g} % of the brains of "
         f"{known} healthy validation scans lie above it; no label of this test set was used",
+        "marked": "what is connected at or above the threshold is a region; it is marked down to "
+        f"{100 * EXTENT:g} % of its highest anomaly, since the map's smoothing spreads what is strong",
         "p": "the share of healthy validation scans that score at least as high as the scan, itself counted in; the "
         f"least possible is 1/{known + 1} = {1 / (known + 1):.3f}; a scan is flagged where p ≤ {rate:g}",
     }
     terms["p of a region"] = (
-        "the same for the largest mass, volume times mean, of a region anywhere in a scan; regions with "
+        "the same for the largest mass of a region anywhere in a scan, volume times mean of what is above the "
+        "threshold; regions with "
         f"p > {COMMON:g} are common in healthy scans and folded away"
     )
     if content["detectability"]:
-        terms["found"] = f"a lesion is found if at least {100 * FOUND_SHARE:g} % of it is above the threshold"
+        terms["found"] = f"a lesion is found if at least {100 * FOUND_SHARE:g} % of it is marked"
     if figures:
         terms["chance level"] = (
             "what scores at random would have: for voxel AP the lesions' share of the scored brain, for AUROC 0.5"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from evaluation.predictor import DETECTORS, Prediction, Predictor
+from evaluation.regions import list_regions
 from models.anomaly import reconstruct
 from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from models.checkpoint import build_model, load_model, save_checkpoint
@@ -65,12 +66,20 @@ def make_prediction(threshold: float = 4.0, slices: int = 10, lesion: bool = Tru
         reconstruction=disc.astype(np.float32),
         maps={"score": anomaly},
         native_map=np.full((4, 5, 6), np.nan, np.float32),
+        native_numbers=np.zeros((4, 5, 6), int),
         regions=[],
         slice_rows=[who | {"slice": 50 + i, "lesion_voxels": 0, **scores} for i in range(slices)],
         scan_row=who | {"lesion_known": lesion, "flagged": False, "age": None, "sex": None, **scores},
         threshold=threshold,
     )
     return replace(prediction, **changes)
+
+
+def restore_map(made: Prediction, native_map: np.ndarray | None = None) -> Prediction:
+    """That prediction with its map on the scan's own grid, or with another one there, and with the regions of it."""
+    native = made.scan.geometry.restore(made.anomaly) if native_map is None else native_map
+    regions, numbers = list_regions(native, made.affine, made.threshold, 0)
+    return replace(made, native_map=native, native_numbers=numbers, regions=regions)
 
 
 def make_stack(seed: int = 0, slices: int = LEVELS) -> np.ndarray:

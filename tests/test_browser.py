@@ -5,6 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy import ndimage
+
+from evaluation.regions import mark
+from evaluation.viewer import CODES_PER_DOUBLING, LEAST_DOUBLINGS
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +162,27 @@ def test_the_viewer_shows_what_is_asked_for(page):
         axial.send_keys("0")
     find(page, ".open input[name=threshold]").send_keys(Keys.ARROW_RIGHT)
     assert "1.0 times the threshold" in find(page, ".open output").text
+
+
+def test_the_viewer_marks_what_the_maps_do(page):
+    anchor = open_viewer(page)
+    shape = page.execute_script(f"return viewers['{anchor}'].packed.shape")
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=shape), 2)
+    noise[:3], strong, weak = -1, ((1, 10, -1), (0, -1, 5)), ((1, 11, 0), (1, 0, 5))
+    for place in (*strong, *weak):  # neighbours in memory and not in the head: no weak one is of a strong one's region
+        noise[place] = 1 if place in strong else 0.03
+    doublings = np.rint(CODES_PER_DOUBLING * np.clip(40 * noise, -2, 7)) / CODES_PER_DOUBLING
+    codes = 2 + (doublings - LEAST_DOUBLINGS) * CODES_PER_DOUBLING
+    write = f"Object.assign(viewers['{anchor}'], {{code: Uint8Array.from(arguments[0]), markedAt: null}})"
+    page.execute_script(write, codes.ravel().astype(int).tolist())
+    for moved in (0, 1):
+        page.execute_script(f"viewers['{anchor}'].change({{threshold: {moved}}})")
+        excess = np.reshape(page.execute_script(f"return Array.from(viewers['{anchor}'].excess)"), shape)
+        above, marked = doublings >= moved, mark(2.0**doublings, 2.0**moved)
+        assert 100 < marked.sum() < above.sum() - 100, "regions are strong enough for their peaks to matter"
+        near = above & (excess == 0)  # codes round the share of the peak
+        assert near.sum() < 0.1 * marked.sum()
+        np.testing.assert_array_equal((excess >= 0)[~near], marked[~near])
 
 
 def test_the_subjects_left_is_on_the_left_unless_radiologists_ask_otherwise(page):

@@ -14,6 +14,7 @@ from benchmarks.detection import Tally, pair_halves, shrink_brain
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML
 from common.cli import DataError
+from evaluation.regions import mark
 from preprocessing.store import list_scans
 from tests.predictions import make_prediction
 
@@ -25,6 +26,7 @@ def make_random(seed: int, abnormal: bool):
     anomaly = np.where(np.isfinite(whole.anomaly), rng.gamma(2, size=whole.anomaly.shape), np.nan)
     if abnormal:
         anomaly = anomaly + 2 * scan.lesion
+        anomaly[4, 41, 22] = 60
     voxels = scan.lesion.sum(axis=(1, 2)) if abnormal else np.zeros(10, int)
     rows = [{"score": rng.normal() + (n > 0), "lesion_voxels": int(n)} for n in voxels]
     row = {"score": rng.normal() + abnormal, "p_value": (seed % 4 + 1) / 20}
@@ -46,9 +48,9 @@ def test_figures_by_scikit_learn():
     lesion, anomaly = (np.concatenate(part) for part in zip(*pairs, strict=True))
     assert figures["voxel_ap"] == pytest.approx(average_precision_score(lesion, anomaly), rel=0.02)
     assert figures["scan_ap"] == pytest.approx(np.mean([average_precision_score(*pairs[i]) for i in (0, 2, 4)]))
-    above = anomaly >= 4
-    assert figures["dice"] == pytest.approx(2 * (above & lesion).sum() / (above.sum() + lesion.sum()))
-    steps = np.linspace(0, 12, 400)
+    marked = np.concatenate([mark(one.anomaly, 4)[np.isfinite(one.anomaly)] for one in predictions])
+    assert figures["dice"] == pytest.approx(2 * (marked & lesion).sum() / (marked.sum() + lesion.sum()))
+    steps = np.linspace(0, 60, 2000)
     dice = [2 * ((anomaly >= t) & lesion).sum() / ((anomaly >= t).sum() + lesion.sum()) for t in steps]
     assert figures["best_dice"] == pytest.approx(max(dice), rel=0.03)
     holds = [(one.scan.label == "abnormal", one.scan_row["score"]) for one in predictions]

@@ -139,8 +139,9 @@ def test_the_curve_of_dice_marks_the_calibrated_threshold_and_the_best():
     check_names(figure)
     (axis,) = figure.axes
     np.testing.assert_allclose(axis.lines[0].get_xydata(), np.c_[thresholds, dice])
-    assert set(find_line(axis, "calibrated on normal scans: 0.300").get_xdata()) == {4}
-    np.testing.assert_allclose(find_line(axis, "best, an upper bound: 0.400").get_xydata(), [[6, 0.4]])
+    assert set(find_line(axis, "calibrated on normal scans").get_xdata()) == {4}
+    np.testing.assert_allclose(find_line(axis, "best by the test labels: 0.400").get_xydata(), [[6, 0.4]])
+    np.testing.assert_allclose(find_line(axis, "as marked: 0.300").get_xydata(), [[4, 0.3]])
     assert axis.get_xlim() == (0, 16)
     assert axis.get_ylim()[0] == 0
     assert axis.get_title().endswith("2 lesions")

@@ -12,10 +12,12 @@ from evaluation.metrics import (
     auroc,
     average_precision,
     best_dice,
+    count_marked,
     count_voxels,
     counted_auroc,
     counted_average_precision,
     counted_dice,
+    dice,
     draw_weights,
     list_lesions,
     mean,
@@ -129,14 +131,13 @@ def test_voxel_metrics_against_scikit_learn():
         all_scores.append(scores)
         all_lesions.append(lesion)
     scores, lesion = np.concatenate(all_scores), np.concatenate(all_lesions)
-    figures = counts.figures(3.0)
+    figures = counts.figures()
     assert figures["voxel_ap"]["value"] == pytest.approx(average_precision_score(lesion, scores), abs=2e-3)
-    dice = {t: 2 * (lesion & (scores >= t)).sum() / ((scores >= t).sum() + lesion.sum()) for t in [3.0, *scores]}
+    dice = {t: 2 * (lesion & (scores >= t)).sum() / ((scores >= t).sum() + lesion.sum()) for t in scores}
     assert figures["best_dice"]["value"] == pytest.approx(max(dice.values()), abs=2e-3)
     assert dice[min(dice, key=lambda t: abs(t - figures["best_dice_threshold"]))] == pytest.approx(
         max(dice.values()), abs=5e-3
     )
-    assert figures["dice"]["value"] == pytest.approx(dice[3.0], abs=2e-3)
     assert figures["prevalence"] == pytest.approx(lesion.mean())
     assert figures["voxel_ap"]["low"] < figures["voxel_ap"]["value"] < figures["voxel_ap"]["high"]
 
@@ -147,10 +148,7 @@ def test_voxel_metrics_by_hand():
     assert thresholds.tolist() == [8, 4, 2, 1]
     np.testing.assert_allclose(dice, [2 / 4, 4 / 6, 4 / 7, 6 / 9])
     assert best_dice(counts.table()[1].sum(axis=0)) == pytest.approx(4 / 6)
-    for threshold, wanted in ((8, 2 / 4), (4, 4 / 6), (3, 4 / 6), (2, 4 / 7), (0.5, 6 / 9), (9, 0)):
-        assert counts.figures(threshold)["dice"]["value"] == pytest.approx(wanted), threshold
     figures = counts.figures()
-    assert "dice" not in figures, "no threshold was chosen beforehand"
     assert figures["best_dice_threshold"] == 4, "the highest of equals"
     assert figures["prevalence"] == 0.5
 
@@ -175,9 +173,12 @@ def test_voxels_are_counted_by_subject():
 
 
 def test_the_interval_of_dice_is_over_subjects():
-    counts = make_counts([8], [1])  # all of its lesion is flagged, none of the other's
-    counts.add("b", count([1], [1]))
-    assert counts.figures(2)["dice"] == {"value": pytest.approx(2 / 3), "low": 0, "high": 1}
+    # all of one's lesion is marked, none of the other's; a third scan is the first subject's and has no lesion
+    scans = (([1], [1]), ([0], [1]), ([0, 1], [0, 0]))  # marked, lesion
+    marked = [count_marked(*(np.array(part, bool) for part in scan)) for scan in scans]
+    assert marked == [[1, 1, 1], [0, 0, 1], [0, 1, 0]]
+    assert dice(marked, ["a", "b", "a"]) == {"value": 2 / 4, "low": 0, "high": pytest.approx(2 / 3)}
+    assert dice([[0, 0, 0]], ["a"])["value"] == 0
 
 
 def test_dice_by_hand():
@@ -198,7 +199,7 @@ def test_lesions_by_hand():
     anomaly[0, 2:4, 9] = 5  # touches that region over an edge only: another one
     anomaly[4, 15, 15] = 5
     anomaly[5, 0:3, 15:18] = 5  # a region that touches no lesion
-    first, second = list_lesions(lesion, anomaly, 5.0, (1.0, 2.0))
+    first, second = list_lesions(lesion, anomaly, anomaly >= 5, (1.0, 2.0))
     assert (first["lesion"], second["lesion"]) == (1, 2)
     assert first["volume_ml"] == pytest.approx(51 * 4 / 1000)
     assert first["covered"] == pytest.approx(25 / 51)
@@ -216,7 +217,7 @@ def test_all_regions_that_touch_a_lesion_count_in_its_dice():
     anomaly[0, :, 10:20] = 9
     anomaly[0, 4:8, 30:36] = 9
     anomaly[0, 0, 38] = 9
-    (found,) = list_lesions(lesion, anomaly, 9, (2.0, 2.0))
+    (found,) = list_lesions(lesion, anomaly, anomaly >= 9, (2.0, 2.0))
     assert found["covered"] == pytest.approx((40 + 16) / 120)
     assert found["dice"] == pytest.approx(2 * 56 / (120 + 120 + 24))
 
@@ -228,7 +229,7 @@ def test_parts_with_two_pixels_between_them_are_one_lesion(between, count, steps
     lesion[2:5, 2:5, 2:5] = True
     start = [2 + step * (3 + between) for step in steps]
     lesion[tuple(slice(i, i + 3) for i in start)] = True
-    assert len(list_lesions(lesion, np.ones(lesion.shape), 5, (3.0, 3.0))) == count
+    assert len(list_lesions(lesion, np.ones(lesion.shape), ~lesion, (3.0, 3.0))) == count
 
 
 def test_a_tenth_of_a_lesion_makes_it_found():
@@ -236,20 +237,20 @@ def test_a_tenth_of_a_lesion_makes_it_found():
     lesion[0, 2:6, 2:7] = True  # 20 pixels
     for flagged, found in ((1, False), (2, True)):
         anomaly[0, 2, 2 : 2 + flagged] = 5
-        assert [one["found"] for one in list_lesions(lesion, anomaly, 5, (3.0, 3.0))] == [found]
+        assert [one["found"] for one in list_lesions(lesion, anomaly, anomaly >= 5, (3.0, 3.0))] == [found]
 
 
 def test_the_smallest_lesion_has_a_twentieth_of_a_millilitre():
     lesion = np.zeros((1, 12, 12), dtype=bool)
     lesion[0, 1, 1:4] = lesion[0, 8, 1:5] = True  # three and four pixels of 0.0125 ml
-    (found,) = list_lesions(lesion, np.ones(lesion.shape), 5, (2.0, 2.5))
+    (found,) = list_lesions(lesion, np.ones(lesion.shape), ~lesion, (2.0, 2.5))
     assert (found["lesion"], found["volume_ml"]) == (1, pytest.approx(0.05))
 
 
 def test_what_was_not_scored_is_no_part_of_a_lesion():
     lesion, anomaly = np.ones((1, 4, 4), dtype=bool), np.full((1, 4, 4), 9.0)
     anomaly[0, 2:] = np.nan
-    (found,) = list_lesions(lesion, anomaly, 5, (4.0, 4.0))
+    (found,) = list_lesions(lesion, anomaly, anomaly >= 5, (4.0, 4.0))
     assert (found["volume_ml"], found["covered"], found["dice"]) == (pytest.approx(8 * 0.064), 1, 1)
 
 

@@ -13,15 +13,16 @@ import pytest
 
 from evaluation.nifti import name_bids, name_owner, read_owner, write_bids_description, write_bids_maps, write_maps
 from evaluation.predictor import Prediction
-from tests.predictions import make_prediction
+from tests.predictions import make_prediction, restore_map
 
 AFFINE = np.array([[0, 0, 4.0, -30], [-2.0, 0, 0, 20], [0, 1.0, 0, -10], [0, 0, 0, 1]])  # voxels of 8 mm3
 
 
 def make_map() -> np.ndarray:
-    """(4, 5, 6) with values below, at and above 3, and NaN."""
+    """(4, 5, 6) with values below, at and above 3, beside a peak of 60, and NaN."""
     anomaly = np.ones((4, 5, 6), dtype=np.float32)
     anomaly[0, 0, :3] = 2.999, 3.0, 7.5
+    anomaly[1, 4, 3:5] = 60, 8.9
     anomaly[3] = np.nan
     return anomaly
 
@@ -30,7 +31,7 @@ def predict_map(affine: np.ndarray = AFFINE) -> Prediction:
     """A prediction with that map on a scan with this affine; the threshold is 3."""
     made = make_prediction(threshold=3.0)
     geometry = replace(made.scan.geometry, affine=tuple(map(tuple, affine.tolist())))
-    return replace(made, scan=replace(made.scan, geometry=geometry), native_map=make_map())
+    return restore_map(replace(made, scan=replace(made.scan, geometry=geometry)), make_map())
 
 
 def check_image(image: nib.Nifti1Image, scale: tuple[float, float], intent: str) -> None:
@@ -51,10 +52,10 @@ def test_a_map_and_its_mask_are_written_on_the_scans_grid(tmp_path):
     assert anomaly.get_data_dtype() == np.float32
     assert mask.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(anomaly.get_fdata(), make_map())
-    np.testing.assert_array_equal(np.argwhere(mask.get_fdata() == 1), [[0, 0, 1], [0, 0, 2]])
-    assert mask.get_fdata().sum() == 2
+    np.testing.assert_array_equal(np.argwhere(mask.get_fdata() == 1), [[0, 0, 1], [0, 0, 2], [1, 4, 3]])
+    assert mask.get_fdata().sum() == 3
     assert bytes(anomaly.header["descrip"]).startswith(b"anomaly, times the scan's median")
-    assert bytes(mask.header["descrip"]).startswith(b"anomaly at or above 3.000")
+    assert bytes(mask.header["descrip"]).startswith(b"marked, threshold 3.000")
 
 
 @pytest.mark.parametrize(("shear", "says"), [(0.0, 1), (0.0005, 1), (0.05, 0), (-0.3, 0)])
@@ -111,7 +112,7 @@ def test_bids_maps_have_sidecars(tmp_path):
     images = [nib.load(folder / f"{stem}.nii.gz") for stem in stems]
     check_image(images[0], (0.0, 1.0), "label")
     check_image(images[1], (1.5, 48.0), "estimate")
-    assert np.argwhere(images[0].get_fdata() > 0).tolist() == [[0, 0, 1], [0, 0, 2]]
+    assert np.argwhere(images[0].get_fdata() > 0).tolist() == [[0, 0, 1], [0, 0, 2], [1, 4, 3]]
     np.testing.assert_array_equal(images[1].get_fdata(), make_map())
     mask, statmap = (json.loads((folder / f"{stem}.json").read_text()) for stem in stems)
     for sidecar in (mask, statmap):
@@ -119,7 +120,7 @@ def test_bids_maps_have_sidecars(tmp_path):
         assert (sidecar["Sources"], sidecar["Label"]) == (["bids:raw:one.nii.gz"], "abnormal")
         assert (sidecar["Score"], sidecar["PValue"]) == (5.0, 0.1)
         assert sidecar["Description"]
-    assert (mask["Type"], mask["Threshold"]) == ("Lesion", 3.0)
+    assert (mask["Type"], mask["Threshold"], mask["ShareOfPeak"]) == ("Lesion", 3.0, 0.15)
     assert statmap["Units"].startswith("times the scan's")
 
 

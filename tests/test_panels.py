@@ -9,8 +9,7 @@ from matplotlib.colors import same_color
 
 from evaluation.colours import overlay
 from evaluation.panels import draw_montage, draw_panels, draw_scan, find_crop
-from evaluation.regions import list_regions
-from tests.predictions import make_prediction
+from tests.predictions import make_prediction, restore_map
 
 SKY_BLUE, WHITE, GREY = "#56B4E9", "#FFFFFF", 0.5
 THRESHOLD = 4.0
@@ -131,6 +130,19 @@ def test_the_border_is_drawn_where_the_map_crosses_the_threshold():
     # from 1 outside to 8 within, 4 is crossed three sevenths of a pixel on
     np.testing.assert_allclose(points.min(axis=0), [19 + 3 / 7, 39 + 3 / 7], atol=1e-5)
     np.testing.assert_allclose(points.max(axis=0), [24 - 3 / 7, 46 - 3 / 7], atol=1e-5)
+
+
+@pytest.mark.parametrize("draw", ["panels", "montage"])
+def test_the_border_of_a_strong_region_is_drawn_at_a_share_of_its_peak(draw):
+    made = make_prediction()
+    made.anomaly[4, 42, 22] = 80.0  # its slice's others, of 8, are below 12; those of the next slice too
+    if draw == "panels":
+        axis = find_pictures(draw_panels(made, [4], "title"))[3]
+    else:
+        axis, _ = draw_canvas(made)
+    (points,) = find_outlines(axis, WHITE)
+    # from 8 to 80, 12 is crossed an eighteenth of a pixel on
+    assert np.ptp(points, axis=0) == pytest.approx([2 - 2 / 18] * 2, abs=1e-4)
 
 
 def test_panels_have_a_row_a_slice_in_the_order_asked_for():
@@ -265,8 +277,7 @@ def test_as_many_panels_as_asked_for(panels, wanted, tmp_path):
 def test_regions_have_their_numbers_beside_them():
     made = make_prediction()
     made.anomaly[7, 30:33, 30:33] = 9.0
-    native = made.scan.geometry.restore(made.anomaly)
-    made = replace(made, native_map=native, regions=list_regions(native, made.affine, made.threshold, 0))
+    made = restore_map(made)
     for i, wanted in ((4, {"1": (24, 42.5)}), (7, {"2": (33, 31)}), (0, {})):
         axes = find_pictures(draw_panels(made, [i], "title"))
         found = [{t.get_text(): t.get_position() for t in axis.texts if t.get_text().isdecimal()} for axis in axes]

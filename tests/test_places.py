@@ -7,9 +7,8 @@ import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from evaluation.places import describe_regions, find_file_slice, find_mm, format_mm, name_slice
-from evaluation.regions import list_regions
 from preprocessing.oblique import StraightGrid
-from tests.predictions import make_prediction
+from tests.predictions import make_prediction, restore_map
 
 
 @pytest.mark.parametrize(("axes", "wanted"), [("RAS", ("k", 52)), ("RSP", ("j", 52)), ("IPR", ("i", 147))])
@@ -42,9 +41,7 @@ def test_there_is_no_minus_zero():
 def test_regions_have_their_numbers_on_the_stack_and_know_the_lesion_they_touch():
     made = make_prediction()
     made.anomaly[7, 30:33, 30:33] = 9.0  # a small second region, far from the lesion
-    native = made.scan.geometry.restore(made.anomaly)
-    regions = list_regions(native, made.affine, made.threshold, 0)
-    made = replace(made, native_map=native, regions=regions)
+    made = restore_map(made)
     numbers = made.region_numbers
     assert set(np.unique(numbers)) == {0, 1, 2}
     assert (numbers[made.scan.lesion] == 1).all()
@@ -55,6 +52,6 @@ def test_regions_have_their_numbers_on_the_stack_and_know_the_lesion_they_touch(
     assert (second["number"], second["on_lesion"], second["slice"]) == (2, False, 57)
     unknown = replace(made, scan=replace(made.scan, lesion=None))
     assert {region["on_lesion"] for region in describe_regions(unknown)} == {None}
-    listed = replace(made, regions=regions[:1]).region_numbers
+    listed = replace(made, regions=made.regions[:1]).region_numbers
     assert set(np.unique(listed)) == {0, 1}, "what is too small to be listed has no number"
     assert not replace(made, regions=[]).region_numbers.any()

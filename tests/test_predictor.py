@@ -127,8 +127,9 @@ def test_a_prediction_lies_on_the_scans_own_grid(tmp_path):
     np.testing.assert_array_equal(found.native_map, scan.geometry.restore(found.anomaly))
     np.testing.assert_array_equal(found.affine, np.diag([4, 4, 3, 1]))
     assert found.threshold == predictor.calibration.voxel_threshold == 1.5
-    listed = list_regions(found.native_map, found.affine, 1.5, 1.0)
-    masses = [region["volume_ml"] * region["mean"] for region in listed]
+    listed, numbers = list_regions(found.native_map, found.affine, 1.5, 1.0)
+    np.testing.assert_array_equal(found.native_numbers, numbers)
+    masses = [region.pop("mass") for region in listed]
     p_values = predictor.calibration.p_values_of_regions(masses)
     assert found.regions == [region | {"p_value": p} for region, p in zip(listed, p_values, strict=True)]
     assert found.regions, "nothing was tested"

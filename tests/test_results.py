@@ -60,6 +60,7 @@ def test_a_prediction_is_kept_as_rows_and_counts():
     }
     assert lesion["volume_ml"] == pytest.approx(48 * 8 / 1000)
     assert (lesion["covered"], lesion["dice"], lesion["peak"]) == (1, 1, 8)
+    assert results.marked == [("s", [48, 48, 48])]
     brain, lesion_pixels = int(np.isfinite(make_prediction().maps["score"]).sum()), 48
     for name in DETECTORS:
         thresholds, table = results.voxels[name].table()
@@ -112,6 +113,14 @@ def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
     assert results.list_counted_slices() == results.slices[-1:], "which of its slices are abnormal is not known"
 
 
+def test_lesions_are_compared_with_what_is_marked():
+    made = make_prediction()
+    made.anomaly[4, 42, 22] = 80.0  # the lesion's others have 8, a tenth, and the threshold is 4
+    result = ScanResult.of(made)
+    assert result.marked == [1, 1, 48]
+    assert result.lesions[0]["covered"] == pytest.approx(1 / 48)
+
+
 def make_measured(masks_known: bool = True) -> Results:
     """Six scans of five subjects with three slices each; the mask of the last is perhaps not known."""
     results, rng = make_results(), np.random.default_rng(0)
@@ -125,12 +134,13 @@ def make_measured(masks_known: bool = True) -> Results:
     scores = np.array([8, 4, 4, 2, 1, 1], np.float32)
     for counts in results.voxels.values():
         counts.add("a", count_voxels(scores, np.array([1, 1, 0, 0, 1, 0], bool)))
+    results.marked = [("a", [2, 3, 3])]
     return results
 
 
 def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
     results = make_measured()
-    figures = results.measure(3.0, quiet=True)
+    figures = results.measure(quiet=True)
     assert list(figures) == list(DETECTORS)
     for level, rows in (("slice", results.list_counted_slices()), ("scan", results.scans)):
         labels = [row["label"] == "abnormal" for row in rows]
@@ -141,8 +151,8 @@ def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
     slice_auroc, scan_auroc = figures["score"]["slice_auroc"], figures["score"]["scan_auroc"]
     assert (slice_auroc["subjects"], slice_auroc["scans"], slice_auroc["slices"]) == (5, 6, 15)
     assert (scan_auroc["subjects"], scan_auroc["scans"], "slices" in scan_auroc) == (5, 6, False)
-    assert figures["score"]["dice"]["value"] == pytest.approx(4 / 6), "at the threshold"
-    assert "dice" not in figures["mse"], "whose threshold was not calibrated"
+    assert figures["score"]["dice"]["value"] == pytest.approx(4 / 6), "as marked"
+    assert "dice" not in figures["mse"], "of which nothing is marked"
     voxel = figures["bright"]["voxel_ap"]
     assert {key: voxel[key] for key in ("subjects", "slices", "lesions", "scans")} == {
         "subjects": 5,
@@ -156,9 +166,9 @@ def test_figures_are_those_of_scikit_learn_with_what_stands_behind_them():
 def test_what_needs_both_labels_is_not_measured_without():
     results = make_measured()
     results.scans, results.slices = results.scans[3:], results.slices[9:]
-    assert "scan_auroc" not in results.measure(3.0, quiet=True)["score"]
+    assert "scan_auroc" not in results.measure(quiet=True)["score"]
     results.voxels = {name: type(counts)() for name, counts in results.voxels.items()}
-    assert results.measure(3.0, quiet=True) == {name: {} for name in DETECTORS}
+    assert results.measure(quiet=True) == {name: {} for name in DETECTORS}
 
 
 def test_an_abnormal_scan_without_a_mask_takes_itself_out_and_nobody_else():
@@ -166,12 +176,12 @@ def test_an_abnormal_scan_without_a_mask_takes_itself_out_and_nobody_else():
     all_known, one_unknown = make_measured(), make_measured(masks_known=False)
     assert one_unknown.name_unknown() == ["b2"]
     assert one_unknown.count()["without_lesion_mask"] == 1
-    figures = one_unknown.measure(3.0, quiet=True)["score"]
-    assert figures["scan_auroc"]["value"] == all_known.measure(3.0, quiet=True)["score"]["scan_auroc"]["value"]
+    figures = one_unknown.measure(quiet=True)["score"]
+    assert figures["scan_auroc"]["value"] == all_known.measure(quiet=True)["score"]["scan_auroc"]["value"]
     without = make_measured()
     without.scans = [row for row in without.scans if row["scan"] != "b2"]
     without.slices = [row for row in without.slices if row["scan"] != "b2"]
-    others = without.measure(3.0, quiet=True)["score"]
+    others = without.measure(quiet=True)["score"]
     for name in ("slice_auroc", "slice_ap", "voxel_ap", "dice", "best_dice"):
         assert figures[name] == others[name]
     assert (figures["voxel_ap"]["scans"], figures["voxel_ap"]["slices"], figures["slice_auroc"]["slices"]) == (
@@ -268,7 +278,7 @@ def test_unlabelled_scans_are_counted_and_flagged_but_measure_nothing():
     results, labelled = make_measured(), make_measured()
     results.scans.append(make_scan_row("unlabelled", "u", 99.0, lesion_known=False, flagged=True))
     results.slices.append(make_slice("unlabelled", "u", 0, 99.0))
-    assert results.measure(3.0, quiet=True) == labelled.measure(3.0, quiet=True)
+    assert results.measure(quiet=True) == labelled.measure(quiet=True)
     assert results.count()["unlabelled"] == 1
     assert results.name_unknown() == []
     assert results.count_flagged()["unlabelled"]["flagged"] == 1

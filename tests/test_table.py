@@ -23,7 +23,7 @@ def make_metrics(first: float, lesions: int = 7) -> dict:
 def test_markdown():
     lines = format_markdown({"one": make_metrics(0.2), "two": make_metrics(0.5)}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:9]]
-    assert cells[0] == ["", "voxel AP", "best Dice (upper bound)", "Dice at calibrated threshold", "slice AUROC",
+    assert cells[0] == ["", "voxel AP", "best Dice (threshold by the labels)", "Dice as marked", "slice AUROC",
                         "scan AUROC"]  # fmt: skip
     assert lines[1] == "|---|---|---|---|---|---|"
     assert [(row[0], row[1]) for row in cells[2:]] == [

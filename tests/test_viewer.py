@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from evaluation.colours import ANOMALY_COLOURS
-from evaluation.regions import list_regions
 from evaluation.viewer import (
     CODES_PER_DOUBLING,
     LEAST_DOUBLINGS,
@@ -22,7 +21,7 @@ from evaluation.viewer import (
     encode_anomaly,
     pack_scan,
 )
-from tests.predictions import make_prediction
+from tests.predictions import make_prediction, restore_map
 
 BORDER = 2 - LEAST_DOUBLINGS * CODES_PER_DOUBLING  # the code of the threshold
 
@@ -83,8 +82,7 @@ def test_a_packed_scan_is_the_scan(spacing_mm):
 def test_regions_lie_where_they_are_highest():
     made = make_prediction()
     made.anomaly[4, 43, 22] = 30.0
-    native = made.scan.geometry.restore(made.anomaly)
-    made = replace(made, native_map=native, regions=list_regions(native, made.affine, made.threshold, 0))
+    made = restore_map(made)
     (region,) = pack_scan(made)["regions"]
     assert region["number"] == 1
     np.testing.assert_allclose(region["voxel"], pack_scan(made)["start"], atol=1)
