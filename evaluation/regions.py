@@ -22,9 +22,11 @@ def find_regions(anomaly: np.ndarray, threshold: float) -> tuple[np.ndarray, np.
     """
     values = np.nan_to_num(anomaly)
     regions, count = ndimage.label(values >= threshold)
-    peaks = ndimage.maximum(values, regions, range(1, count + 1))
-    limits = np.concatenate([[threshold], np.maximum(threshold, EXTENT * np.asarray(peaks, float))])
-    return regions, limits.astype(np.float32)[regions]
+    within, peaks = regions > 0, np.zeros(count + 1)
+    np.maximum.at(peaks, regions[within], values[within])
+    limits = np.full(values.shape, threshold, np.float32)
+    limits[within] = np.maximum(threshold, EXTENT * peaks)[regions[within]]
+    return regions, limits
 
 
 def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:

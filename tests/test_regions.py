@@ -143,6 +143,14 @@ def test_limits_are_the_threshold_outside_of_regions_and_a_share_of_the_peak_wit
     assert [limits[place] for place in ((4, 10, 10), (9, 9, 9), (8, 8, 8), (0, 0, 0))] == [15, 5, 5, 5]
 
 
+def test_nothing_is_marked_where_nothing_reaches_the_threshold():
+    assert not mark(make_map(), 5.0).any()
+    regions, numbers = list_regions(make_map(), AFFINE, 5.0, 0.0)
+    assert regions == []
+    assert numbers.shape == (20, 20, 20)
+    assert not numbers.any()
+
+
 def test_what_is_too_small_to_be_listed_is_marked_and_has_the_last_numbers():
     regions, numbers = list_regions(make_map((np.s_[4, 4, 4], 9), (np.s_[10:13, 10, 10], 6)), AFFINE, 5.0, 0.02)
     assert len(regions) == 1
