@@ -43,10 +43,12 @@ class Residual(NamedTuple):
              the brain
     texture  (2, n, H, W) mean and standard deviation of the reconstruction around each pixel. Not of the slice:
              a lesion would be compared with tissue that looks like lesions
+    share    (n, H, W) how much of what lies around each pixel is brain
     """
 
     values: torch.Tensor
     texture: torch.Tensor
+    share: torch.Tensor
 
 
 @torch.inference_mode()
@@ -88,7 +90,7 @@ def compute_residual(stack: torch.Tensor, reconstruction: torch.Tensor, sampling
     values, mean, squares = values * within, mean * within, squares * within
     values -= _estimate_shading(values, brain, sampling_mm)
     values *= brain * (2 * share - 1).clamp(0, 1)
-    return Residual(values, torch.stack([mean, (squares - mean * mean).clamp(min=0).sqrt()]))
+    return Residual(values, torch.stack([mean, (squares - mean * mean).clamp(min=0).sqrt()]), share)
 
 
 def _estimate_shading(residual: torch.Tensor, brain: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
@@ -108,14 +110,16 @@ def map_anomalies(
 ) -> torch.Tensor:
     """The anomaly map (n, H, W), float32, in units of the scan's median; NaN outside the brain."""
     residual = compute_residual(stack, reconstruction, sampling_mm)
-    return smooth_map(calibration.normalise(residual, stack > 0), sampling_mm)
+    return smooth_map(calibration.normalise(residual, stack > 0), residual.share, sampling_mm)
 
 
-def smooth_map(anomaly: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
-    """A map (n, H, W), NaN outside the brain, smoothed within the brain and in units of its median."""
+def smooth_map(anomaly: torch.Tensor, share: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
+    """A map (n, H, W), NaN outside the brain, smoothed within the brain and in units of its median.
+
+    share  of the scan's `Residual`
+    """
     brain = anomaly.isfinite()
-    total, share = smooth(torch.stack([anomaly.nan_to_num(0), brain.float()]), SMOOTHING_MM, sampling_mm)
-    mean = total / share
+    mean = smooth(anomaly.nan_to_num(0), SMOOTHING_MM, sampling_mm) / share
     return torch.where(brain, mean / max(find_median(mean[brain]), 1e-6), torch.nan)
 
 

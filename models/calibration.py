@@ -288,7 +288,7 @@ def _score_scans(scans: Iterable[Expected]) -> tuple[dict[str, torch.Tensor], to
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
     for expected, residual, brain, sampling_mm in scans:
         divided = expected.divide(residual, brain)
-        anomaly = smooth_map(divided, sampling_mm)
+        anomaly = smooth_map(divided, residual.share, sampling_mm)
         found["median_residuals"].append(torch.tensor([find_median(divided[brain])]))
         found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
         found["slice_scores"].append(score_slices(anomaly))
@@ -301,7 +301,7 @@ def _find_masses(scans: Iterable[Expected], threshold: float) -> torch.Tensor:
     """(scans,) sorted: `find_largest_mass` of each map."""
     masses = []
     for expected, residual, brain, sampling_mm in scans:
-        anomaly = smooth_map(expected.divide(residual, brain), sampling_mm)
+        anomaly = smooth_map(expected.divide(residual, brain), residual.share, sampling_mm)
         masses.append(find_largest_mass(anomaly, threshold, sampling_mm))
     return torch.tensor(masses, device=anomaly.device).sort().values
 

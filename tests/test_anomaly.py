@@ -97,7 +97,7 @@ def test_a_lone_pixel_has_hardly_a_texture():
     """Means are over the brain; where it is less than a tenth of what lies around, as if it were a tenth."""
     stack = np.zeros((1, 48, 48), np.float32)
     stack[0, 24, 24] = 0.5
-    residual, texture = compute_residual(*as_tensors(stack, stack), (FAR_MM, 1.0))
+    residual, texture, _ = compute_residual(*as_tensors(stack, stack), (FAR_MM, 1.0))
     share = 1 / (2 * np.pi * 2.0**2)  # the peak of a Gaussian of 2 pixels
     assert texture[0, 0, 24, 24].item() == pytest.approx(0.5 * share / 0.1, rel=1e-3)
     assert residual.abs().max() == 0
@@ -144,7 +144,7 @@ def test_shading_is_the_same_over_neighbouring_slices():
 @pytest.mark.parametrize("offset", [0.0, 0.3])
 def test_residual_and_texture_are_those_of_plain_scipy(offset):
     stack, drawn, sampling_mm = make_scan(1, offset=offset)
-    residual, texture = (part.numpy() for part in compute_residual(*as_tensors(stack, drawn), sampling_mm))
+    residual, texture, _ = (part.numpy() for part in compute_residual(*as_tensors(stack, drawn), sampling_mm))
     plain, mean, deviation = compare_plainly(stack, drawn, sampling_mm)
     brain = stack > 0
     assert residual.dtype == texture.dtype == np.float32
