@@ -7,7 +7,7 @@ from scipy import ndimage
 
 import training.corruption as corruption
 from tests.test_corruption import seed
-from training.corruption import make_smooth_noise, scan, vary_anatomy
+from training.corruption import FLOOR, loosen, make_smooth_noise, scan, vary_anatomy
 
 
 def repeat(values, count):
@@ -241,7 +241,8 @@ def test_half_of_the_slices_are_blurred_by_up_to_nine_tenths_of_a_3x3_mean(vary,
     assert kept.quantile(0.45) > 0.8
 
 
-def test_some_brains_lose_a_pixel_or_two_of_their_rim():
+def test_some_brains_lose_a_pixel_or_two_of_their_rim(monkeypatch):
+    monkeypatch.setattr(corruption, "loosen", lambda x, _: x)
     """0.4 lose one and 0.15 of all another: bars of 2 pixels vanish in 1 - 0.6 * 0.85, of 4 pixels in 0.4 * 0.15."""
     slice_ = np.zeros((64, 64))
     slice_[24:40, 12:52] = slice_[8:10, 12:52] = slice_[52:56, 12:52] = 0.5
@@ -259,3 +260,40 @@ def test_the_rim_of_a_moved_brain_does_not_fade(flat):
         rim = (values > 0) & ~ndimage.binary_erosion(values > 0)
         fading.append(values[rim].min() / 0.5)
     assert min(fading) > 0.98
+
+
+def test_three_of_ten_brains_keep_what_lies_around_them(monkeypatch):
+    monkeypatch.setattr(corruption, "erode", lambda x, _: x)
+    values = np.zeros((48, 48))
+    values[16:32, 16:32] = 0.5
+    wider = (scanned(values, 1000)[0] > 0).sum((1, 2)) > 16**2
+    assert wider.float().mean() == pytest.approx(0.3, abs=0.01), "a few may happen to keep nothing"
+
+
+def test_up_to_three_pixels_around_a_brain_are_kept_in_places():
+    x = torch.zeros(400, 4, 48, 48)
+    x[:, [1, 3], 16:32, 16:32] = x[:, 0, 18:30, 18:30] = x[:, 2, 14:34, 14:34] = 0.5
+    loose = loosen(x, seed())
+    assert (loose[x > 0] == 0.5).all(), "the brain stays"
+    torch.testing.assert_close(loose[:, 1], loose[:, 3])
+    away = [torch.from_numpy(ndimage.distance_transform_cdt(one[0] == 0)) for one in x.transpose(0, 1).numpy()]
+    for channel, distance in enumerate(away):
+        kept = (loose[:, channel] > 0).float()
+        # the noise, of a standard deviation of 0.65, lies above -0.5, 0 and 0.5 in so much of a slice
+        for pixels, share in ((1, 0.78), (2, 0.5), (3, 0.22), (4, 0)):
+            assert kept[:, distance == pixels].mean() == pytest.approx(share, abs=0.04), (channel, pixels)
+        assert not kept[:, distance > 3].any()
+
+
+def test_what_lies_around_a_brain_is_of_any_brightness_and_dark_more_often():
+    x = torch.zeros(600, 2, 48, 48)
+    x[:, :, 16:32, 16:32] = 0.5
+    loose = loosen(x, seed())
+    around = [values[(values > 0) & (values != 0.5)] for values in loose]
+    levels = np.array([float(values.median()) for values in around if len(values) > 100])
+    assert np.quantile(levels, [0.25, 0.5, 0.75]) == pytest.approx([1 / 16, 1 / 4, 9 / 16], abs=0.06)
+    spread = np.mean([float(values.var()) for values in around if len(values) > 100 and 0.3 < values.median() < 0.7])
+    assert spread == pytest.approx(0.3**2 / 3 * 0.65**2, rel=0.4), "less, as a rim is a part of a slice"
+    values = torch.cat(around)
+    assert values.min() == pytest.approx(FLOOR)
+    assert values.max() == 1

@@ -70,9 +70,10 @@ def scan(pairs: Tensor, generator: Generator) -> Tensor:
     x = change_some(x, 0.5, blur, generator)
     x = change_some(x, 0.6, add_fine_noise, generator)
     x = torch.where(brain, x.clamp(FLOOR, 1), 0)
-    # brain masks differ between tools: some slices lose 1 or 2 pixels of their rim
+    # brain masks differ between tools: some slices lose 1 or 2 pixels of their rim, some keep what lies around it
     x = change_some(x, 0.4, erode, generator)
-    return change_some(x, 0.15, erode, generator)
+    x = change_some(x, 0.15, erode, generator)
+    return change_some(x, 0.3, loosen, generator)
 
 
 def change_pose(x: Tensor, generator: Generator) -> Tensor:
@@ -133,9 +134,25 @@ def add_fine_noise(x: Tensor, generator: Generator) -> Tensor:
 
 def erode(x: Tensor, _: Generator) -> Tensor:
     """Remove the outermost pixels of the brain."""
-    brain = F.pad(x > 0, (1, 1, 1, 1), value=True)
-    rows = brain[..., :-2, :] & brain[..., 1:-1, :] & brain[..., 2:, :]
-    return x * (rows[..., :-2] & rows[..., 1:-1] & rows[..., 2:])
+    return x * ~grow(x <= 0)
+
+
+def loosen(x: Tensor, generator: Generator) -> Tensor:
+    """Leave up to 3 pixels of what lies around the brain, in places: fluid, meninges or fat, of any brightness."""
+    level = _uniform_each(x, 0, 1, generator).square()  # dark more often than bright
+    around = level + make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0, 0.3, generator)
+    thickness = make_smooth_noise(x.shape, GRIDS, generator) + 1
+    brain = x > 0
+    for pixels in range(1, 4):
+        brain = torch.where(2 * thickness > pixels, grow(brain), brain)
+    return torch.where(brain & (x <= 0), around.clamp(FLOOR, 1), x)
+
+
+def grow(mask: Tensor) -> Tensor:
+    """A mask (B, C, H, W) bool with the eight neighbours of each of its pixels."""
+    wide = F.pad(mask, (1, 1, 1, 1))
+    rows = wide[..., :-2, :] | wide[..., 1:-1, :] | wide[..., 2:, :]
+    return rows[..., :-2] | rows[..., 1:-1] | rows[..., 2:]
 
 
 def corrupt(slices: Tensor, generator: Generator) -> Tensor:
@@ -175,7 +192,7 @@ def paint_blob(x: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
     foreign = x.roll(1, 0).flip(-2)
     foreign = torch.where(foreign > 0, foreign, level)
     grey = level + mottle + texture
-    other = torch.where(kind < 0.6, grey, torch.where(kind < 0.75, brighter, torch.where(kind < 0.9, foreign, blurred)))
+    other = torch.where(kind < 0.45, grey, torch.where(kind < 0.6, brighter, torch.where(kind < 0.9, foreign, blurred)))
     return torch.lerp(x, other, blob * _uniform_each(x, 0.2, 1, generator))
 
 
