@@ -40,6 +40,7 @@ from evaluation.metrics import (
     VoxelCounts,
     count_marked,
     count_voxels,
+    dice,
     list_lesions,
     measure_detectability,
     name_volume,
@@ -115,14 +116,14 @@ class Tally:
     def __init__(self, kinds: dict[str, str]):
         self.kinds, self.lesions = kinds, []
         self.voxels, self.scan_aps, self.slices, self.scans, self.p_values = VoxelCounts(), [], [], [], []
-        self.marked = np.zeros(3)  # what `count_marked` gives, of all scans
+        self.marked = []  # (what `count_marked` gives, subject) of each scan
 
     def add(self, prediction: Prediction) -> None:
         scan, anomaly = prediction.scan, prediction.anomaly
         inside = np.isfinite(anomaly)
         lesion = np.zeros(inside.shape, bool) if scan.lesion is None else scan.lesion
         self.voxels.add(scan.subject, count_voxels(anomaly[inside], lesion[inside]))
-        self.marked += count_marked(prediction.marked, lesion & inside)
+        self.marked.append((count_marked(prediction.marked, lesion & inside), scan.subject))
         abnormal = scan.label == "abnormal"
         if abnormal and lesion[inside].any():
             self.scan_aps.append(average_precision_score(lesion[inside], anomaly[inside]))
@@ -146,7 +147,7 @@ class Tally:
             voxels = self.voxels.figures()
             figures = {name: voxels[name]["value"] for name in ("voxel_ap", "best_dice")}
             figures["scan_ap"] = float(np.mean(self.scan_aps))
-            figures["dice"] = float(2 * self.marked[0] / (self.marked[1] + self.marked[2]))
+            figures["dice"] = dice(*zip(*self.marked, strict=True))["value"]
             kinds = sorted({lesion["kind"] for lesion in self.lesions if lesion["kind"]})
             figures["by_kind"] = measure_detectability(self.lesions, lambda lesion: lesion["kind"], kinds)
             figures["by_volume"] = measure_detectability(self.lesions, name_volume, VOLUME_BINS)

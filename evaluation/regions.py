@@ -29,11 +29,6 @@ def find_regions(anomaly: np.ndarray, threshold: float) -> tuple[np.ndarray, np.
     return regions, limits
 
 
-def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:
-    """Where a map of any shape is marked, bool, as `find_regions` says."""
-    return np.nan_to_num(anomaly) >= find_regions(anomaly, threshold)[1]
-
-
 def list_regions(
     anomaly: np.ndarray, affine: np.ndarray, threshold: float, smallest_ml: float
 ) -> tuple[list[dict], np.ndarray]:

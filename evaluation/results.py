@@ -122,7 +122,7 @@ class Results:
         self.worst_slices = {}  # by (label, scan)
         self.misfits = 0  # scans that do not fit the calibration
         self.voxels = {name: VoxelCounts() for name in DETECTORS}
-        self.marked = []  # (subject, what `count_marked` gave) of each scan whose lesions are known
+        self.marked = []  # (what `count_marked` gave, subject) of each scan whose lesions are known
 
     def add(self, result: ScanResult) -> None:
         row = result.scan
@@ -140,7 +140,7 @@ class Results:
             return
         for name, counts in result.voxels.items():
             self.voxels[name].add(row["subject"], counts)
-        self.marked.append((row["subject"], result.marked))
+        self.marked.append((result.marked, row["subject"]))
         kind = self.kinds.get(row["scan"]) or self.kinds.get(CONTRAST.sub("", row["scan"]))
         self.lesions += [lesion | {"kind": kind} for lesion in result.lesions]
         holds = any(one["lesion_voxels"] for one in result.slices)
@@ -202,7 +202,7 @@ class Results:
             sizes |= {"lesions": len(self.lesions), "scans": len(known)}
             voxels = self.voxels[name].figures()
             if name == "score":
-                voxels["dice"] = dice(*zip(*[(counts, subject) for subject, counts in self.marked], strict=True))
+                voxels["dice"] = dice(*zip(*self.marked, strict=True))
             figures |= {key: value | sizes if isinstance(value, dict) else value for key, value in voxels.items()}
         return figures
 

@@ -303,7 +303,7 @@ def log_figures(content: dict) -> None:
         log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
     if "dice" in names:
         log.info(
-            "best dice is of the threshold that fits the test labels best; dice is of what is marked, without labels"
+            "best dice takes the threshold that fits the test labels best; dice is of what is marked, without them"
         )
     for label in LABELS:
         if count := content["flagged"].get(label):

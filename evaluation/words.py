@@ -60,14 +60,14 @@ def explain_terms(content: dict) -> dict[str, str]:
         "threshold": f"an anomaly of {calibration['voxel_threshold']:.3g}: {100 * VOXELS_FLAGGED:g} % of the brains of "
         f"{known} healthy validation scans lie above it; no label of this test set was used",
         "marked": "what is connected at or above the threshold is a region; it is marked down to "
-        f"{100 * EXTENT:g} % of its highest anomaly, since the map's smoothing spreads what is strong",
+        f"{100 * EXTENT:g} % of its highest anomaly, since the map's smoothing spreads what is strong; "
+        "volumes are of what is marked",
         "p": "the share of healthy validation scans that score at least as high as the scan, itself counted in; the "
         f"least possible is 1/{known + 1} = {1 / (known + 1):.3f}; a scan is flagged where p ≤ {rate:g}",
     }
     terms["p of a region"] = (
-        "the same for the largest mass of a region anywhere in a scan, volume times mean of what is above the "
-        "threshold; regions with "
-        f"p > {COMMON:g} are common in healthy scans and folded away"
+        "the same for the largest mass of a region anywhere in a scan: volume times mean of all of it that is above "
+        f"the threshold; regions with p > {COMMON:g} are common in healthy scans and folded away"
     )
     if content["detectability"]:
         terms["found"] = f"a lesion is found if at least {100 * FOUND_SHARE:g} % of it is marked"

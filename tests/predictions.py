@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from evaluation.predictor import DETECTORS, Prediction, Predictor
 from evaluation.regions import list_regions
@@ -80,6 +81,15 @@ def restore_map(made: Prediction, native_map: np.ndarray | None = None) -> Predi
     native = made.scan.geometry.restore(made.anomaly) if native_map is None else native_map
     regions, numbers = list_regions(native, made.affine, made.threshold, 0)
     return replace(made, native_map=native, native_numbers=numbers, regions=regions)
+
+
+def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:
+    """Where a map is marked, bool: what is connected at or above the threshold, down to 15 % of its highest value."""
+    parts, count = ndimage.label(np.nan_to_num(anomaly) >= threshold)
+    marked = np.zeros(anomaly.shape, bool)
+    for part in range(1, count + 1):
+        marked |= (parts == part) & (anomaly >= 0.15 * anomaly[parts == part].max())
+    return marked
 
 
 def make_stack(seed: int = 0, slices: int = LEVELS) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from evaluation.regions import mark
 from evaluation.viewer import CODES_PER_DOUBLING, LEAST_DOUBLINGS
+from tests.predictions import mark
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from benchmarks.detection import Tally, pair_halves, shrink_brain
 from benchmarks.gallery import Gallery
 from benchmarks.lesions import VOLUME_ML
 from common.cli import DataError
-from evaluation.regions import mark
 from preprocessing.store import list_scans
-from tests.predictions import make_prediction
+from tests.predictions import make_prediction, mark
 
 
 def make_random(seed: int, abnormal: bool):

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from common.cli import DataError
@@ -19,6 +18,7 @@ from evaluation.evaluate import main as evaluate
 from evaluation.table import format_figure
 from models.checkpoint import load_checkpoint
 from preprocessing.store import list_scans
+from tests.predictions import mark
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -141,16 +141,13 @@ def test_regions_and_maps_agree(evaluation, processed):
         np.testing.assert_allclose(image.affine, source.affine, atol=1e-4)
         anomaly = image.get_fdata()
         assert (source.get_fdata()[np.isfinite(anomaly)] != 0).mean() > 0.85
-        parts, count = ndimage.label(np.nan_to_num(anomaly) >= threshold)
-        above = np.zeros(anomaly.shape, bool)
-        for part in range(1, count + 1):
-            above |= (parts == part) & (anomaly >= 0.15 * anomaly[parts == part].max())
+        marked = mark(anomaly, threshold)
         mask = nib.load(out / "maps" / scan.label / f"{scan.name}_mask.nii.gz").get_fdata()
-        np.testing.assert_array_equal(mask, above)
+        np.testing.assert_array_equal(mask, marked)
         mine = [row for row in regions if (row["label"], row["scan"]) == (scan.label, scan.name)]
-        volume_ml = above.sum() * np.prod(image.header.get_zooms()) / 1000
+        volume_ml = marked.sum() * np.prod(image.header.get_zooms()) / 1000
         assert sum(float(row["volume_ml"]) for row in mine) == pytest.approx(volume_ml, rel=1e-3)
-        assert bool(mine) == above.any()
+        assert bool(mine) == marked.any()
         subject = re.sub(r"^sub-|[^0-9a-zA-Z]", "", scan.subject)
         (bids,) = (out / "bids").rglob(f"sub-{subject}*_statmap.nii.gz")
         np.testing.assert_array_equal(nib.load(bids).get_fdata(), anomaly)

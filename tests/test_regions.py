@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from evaluation.regions import find_regions, list_regions, mark
+from evaluation.regions import find_regions, list_regions
 
 AFFINE = np.array([[0, -2.0, 0, -20], [2.0, 0, 0, 5], [0, 0, 3.0, 7], [0, 0, 0, 1]])  # voxels of 0.012 ml
 
@@ -133,7 +133,7 @@ def test_a_region_ends_at_a_share_of_its_peak_and_its_mass_does_not():
     wanted = np.zeros(anomaly.shape, int)
     wanted[6:8, 10, 10], wanted[6, 4, 4] = 1, 2
     np.testing.assert_array_equal(numbers, wanted)
-    np.testing.assert_array_equal(mark(anomaly, 5.0), wanted > 0)
+    np.testing.assert_array_equal(anomaly >= find_regions(anomaly, 5.0)[1], wanted > 0)
 
 
 def test_limits_are_the_threshold_outside_of_regions_and_a_share_of_the_peak_within():
@@ -144,7 +144,7 @@ def test_limits_are_the_threshold_outside_of_regions_and_a_share_of_the_peak_wit
 
 
 def test_nothing_is_marked_where_nothing_reaches_the_threshold():
-    assert not mark(make_map(), 5.0).any()
+    assert (find_regions(make_map(), 5.0)[1] == 5).all()
     regions, numbers = list_regions(make_map(), AFFINE, 5.0, 0.0)
     assert regions == []
     assert numbers.shape == (20, 20, 20)

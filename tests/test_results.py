@@ -60,7 +60,7 @@ def test_a_prediction_is_kept_as_rows_and_counts():
     }
     assert lesion["volume_ml"] == pytest.approx(48 * 8 / 1000)
     assert (lesion["covered"], lesion["dice"], lesion["peak"]) == (1, 1, 8)
-    assert results.marked == [("s", [48, 48, 48])]
+    assert results.marked == [([48, 48, 48], "s")]
     brain, lesion_pixels = int(np.isfinite(make_prediction().maps["score"]).sum()), 48
     for name in DETECTORS:
         thresholds, table = results.voxels[name].table()
@@ -134,7 +134,7 @@ def make_measured(masks_known: bool = True) -> Results:
     scores = np.array([8, 4, 4, 2, 1, 1], np.float32)
     for counts in results.voxels.values():
         counts.add("a", count_voxels(scores, np.array([1, 1, 0, 0, 1, 0], bool)))
-    results.marked = [("a", [2, 3, 3])]
+    results.marked = [([2, 3, 3], "a")]
     return results
 
 
