@@ -45,6 +45,7 @@ from training.trainer import READ_LOSSES_EVERY, Trainer, sum_squares
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIXEL_MM, SLICE_MM = 200 / 128, 2.0
+OPTIMISERS = {"dae": "muon", "cae": "adam"}  # as train.py chooses
 TITLES = {"hobby": "full-resolution CAE", "dae": "dae", "cae": "cae"}
 EXAMPLE = "example:\n  python benchmarks/speed.py --models dae --rounds 3"
 
@@ -54,6 +55,7 @@ class OurTraining(Trainer):
 
     def __init__(self, name: str, precision: str, scans: list[StoredScan], batch_size: int, in_memory: bool = True):
         config = {"network": {"model": name, "size": scans[0].size}, "precision": precision, "seed": 0, "lr": 1e-3}
+        config["optimiser"] = OPTIMISERS[name]
         config |= {"batch_size": batch_size, "steps": 10**6}
         offsets = MODELS[name].neighbour_offsets
         datasets = [SliceDataset(part, in_memory, DEVICE, offsets) for part in (scans, scans[:1])]

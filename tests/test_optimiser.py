@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, and which numbers it moves."""
+"""Muon against the singular value decomposition, and which numbers each optimiser moves."""
 
 import pytest
 import torch
@@ -59,11 +59,18 @@ def test_steps_by_hand():
 @pytest.mark.parametrize("model", ["dae", "cae"])
 def test_muon_moves_the_weights_and_adam_the_rest(model):
     network = build_model({"model": model, "size": 32, "width": 8})
-    muon, adam = make_optimisers(network, 1e-3, torch.float32)
+    muon, adam = make_optimisers(network, "muon", 1e-3, torch.float32)
     by_muon, by_adam = ([id(p) for p in one.param_groups[0]["params"]] for one in (muon, adam))
     assert sorted(by_muon + by_adam) == sorted(map(id, network.parameters()))
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert set(by_muon) == {id(layer.weight) for layer in layers}
+
+
+def test_adam_moves_all_where_asked_for():
+    network = build_model({"model": "cae", "size": 32, "width": 8})
+    (adam,) = make_optimisers(network, "adam", 1e-3, torch.float32)
+    assert isinstance(adam, torch.optim.Adam)
+    assert list(map(id, adam.param_groups[0]["params"])) == list(map(id, network.parameters()))
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])

@@ -263,6 +263,8 @@ def test_defaults(monkeypatch):
     assert dae["network"] == {"model": "dae", "width": 64, "depth": 3}
     assert cae["network"] == {"model": "cae", "width": 32, "latent": 64}
     assert (dae["steps"], cae["steps"]) == (12000, 1500)
+    assert (dae["optimiser"], cae["optimiser"]) == ("muon", "adam")
+    assert take_config(monkeypatch, "--optimiser", "adam")["optimiser"] == "adam"
     assert take_config(monkeypatch)["network"]["model"] == "dae"
     kept = {"batch_size": 32, "lr": 2e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
     assert {name: dae[name] for name in kept} == kept

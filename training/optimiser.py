@@ -1,6 +1,7 @@
-"""The optimisers: Muon for the weights of convolutions and dense layers, Adam for all other numbers.
+"""The optimisers: Adam, or Muon for the weights of convolutions and dense layers and Adam for all other numbers.
 
-Muon needs less than a fourth of the slices that Adam needs to the same validation loss (docs/experiments.md, E43).
+With Muon the dae needs less than a fourth of the slices that it needs with Adam to the same validation loss
+(docs/experiments.md, E43).
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ ROUNDS = 5
 ADAMS_LENGTH = 0.2  # root mean square of Adam's updates, in learning rates
 
 
-def make_optimisers(model: nn.Module, learning_rate: float, precision: torch.dtype) -> tuple[Optimizer, Optimizer]:
-    """(Muon of the model's weights of two or more dimensions, Adam of its other numbers). precision: of products."""
+def make_optimisers(model: nn.Module, name: str, learning_rate: float, precision: torch.dtype) -> list[Optimizer]:
+    """What moves the numbers of a model, by name.
+
+    adam  Adam moves all
+    muon  Muon moves the weights of two or more dimensions, with products in this precision, and Adam all others
+    """
     parameters = list(model.parameters())
+    if name == "adam":
+        return [Adam(parameters, learning_rate, fused=True)]
     weights = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return Muon(weights, learning_rate, precision), Adam(others, learning_rate, fused=True)
+    return [Muon(weights, learning_rate, precision), Adam(others, learning_rate, fused=True)]
 
 
 class Muon(Optimizer):

@@ -21,7 +21,10 @@ if __name__ == "__main__":
 
 from common.cli import SEED, Parser, add_device_flag, bounded, parse_flags, run_script, set_up_logging
 
-DEFAULTS = {"dae": {"width": 64, "steps": 12000}, "cae": {"width": 32, "steps": 1500}}  # see docs/experiments.md
+DEFAULTS = {  # see docs/experiments.md
+    "dae": {"width": 64, "steps": 12000, "optimiser": "muon"},
+    "cae": {"width": 32, "steps": 1500, "optimiser": "adam"},
+}
 FROM_A_MODEL = {"steps": 2000, "lr": 6e-4}  # what it knows is to stay
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
@@ -47,6 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
         "1500 for cae, 2000 with --init"
     )  # fmt: skip
     parser.add_argument("--batch-size", type=count, default=32, help="slices a step")
+    parser.add_argument(
+        "--optimiser", choices=("muon", "adam"), help="what moves the weights; left out: muon for dae, adam for cae"
+    )
     parser.add_argument(
         "--lr", type=bounded(above=0), help="peak learning rate; left out: 0.002, or 0.0006 with --init"
     )
@@ -77,13 +83,15 @@ def make_parser() -> argparse.ArgumentParser:
 def configure(args: argparse.Namespace, device: str) -> dict:
     """Everything that decides a run's result; its subjects and slice size are added once known."""
     defaults = DEFAULTS[args.model] | (FROM_A_MODEL if args.init else {"lr": 2e-3})
-    width, steps, lr = (getattr(args, name) or defaults[name] for name in ("width", "steps", "lr"))
+    width, steps, optimiser, lr = (
+        getattr(args, name) or defaults[name] for name in ("width", "steps", "optimiser", "lr")
+    )
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     return {
         "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size,
-        "lr": lr, "init": args.init and str(args.init), "val_fraction": args.val_fraction, "seed": args.seed,
-        "device": device, "precision": args.precision, "deterministic": args.deterministic,
+        "optimiser": optimiser, "lr": lr, "init": args.init and str(args.init), "val_fraction": args.val_fraction,
+        "seed": args.seed, "device": device, "precision": args.precision, "deterministic": args.deterministic,
     }  # fmt: skip
 
 

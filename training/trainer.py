@@ -74,7 +74,7 @@ class Trainer:
             self.model.load_state_dict(init["weights"])
         self.seen_before = set(init["seen"]) if init else set()  # hashes of the scans that made those weights
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
-        self.optimisers = make_optimisers(self.model, config["lr"], self.precision)
+        self.optimisers = make_optimisers(self.model, config["optimiser"], config["lr"], self.precision)
         self.epoch_steps = count_epoch_steps(len(train), config["batch_size"], config["steps"])
         self.step, self.loss_sum, self.rows = 0, 0.0, []
         self.unread_losses = []  # of the last steps, on the device
