@@ -35,6 +35,7 @@ OURS = DETECTOR_STYLES["score"]["color"]
 VALIDATION = "healthy, validation"
 SEX_MARKERS = {"F": "o", "M": "s", None: "D"}
 MOST_VECTORS = 500  # points of a strip; more are drawn as a picture
+MOST_STEPS = 2000  # of a curve, which is some 200 points long on paper
 
 
 def draw_curves(
@@ -50,8 +51,10 @@ def draw_curves(
         false_positive, true_positive, _ = roc_curve(labels, values)
         precision, recall, _ = precision_recall_curve(labels, values)
         area, average = (format_figure(measured, digits=2) for measured in figures[name])
-        left.plot(false_positive, true_positive, label=f"{DETECTORS[name]}, {area}", **DETECTOR_STYLES[name])
-        right.step(recall, precision, where="post", label=f"{DETECTORS[name]}, {average}", **DETECTOR_STYLES[name])
+        left.plot(*_thin(false_positive, true_positive), label=f"{DETECTORS[name]}, {area}", **DETECTOR_STYLES[name])
+        right.step(
+            *_thin(recall, precision), where="post", label=f"{DETECTORS[name]}, {average}", **DETECTOR_STYLES[name]
+        )
     left.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="chance, 0.5")
     share = float(np.mean(labels))
     right.axhline(share, color="0.6", linewidth=1, label=f"prevalence, {share:.2f}")
@@ -64,6 +67,13 @@ def draw_curves(
         title = f"{measured} (95 % interval over subjects)"
         axis.legend(frameon=False, title=title, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
+
+
+def _thin(*axes: np.ndarray) -> list[np.ndarray]:
+    """At most MOST_STEPS of the points of a curve, evenly chosen, the first and the last among them."""
+    count = len(axes[0])
+    chosen = np.linspace(0, count - 1, min(count, MOST_STEPS)).round().astype(int)
+    return [axis[chosen] for axis in axes]
 
 
 def draw_scores(groups: dict[str, np.ndarray], name: str, mark: tuple[float, str] | None) -> plt.Figure:
@@ -177,6 +187,7 @@ def draw_ages(rows: list[dict], mark: tuple[float, str] | None) -> plt.Figure:
         known = [(row["age"], row["score"]) for row in rows if row["sex"] == sex and row["age"] is not None]
         if known:
             style = {"color": OURS, "markerfacecolor": "white" if sex == "M" else OURS}
+            style["rasterized"] = len(known) > MOST_VECTORS
             axis.plot(*zip(*known, strict=True), marker, label=f"{sex or 'sex unknown'} ({len(known)})", **style)
     if mark:
         axis.axhline(mark[0], color="black", linestyle=":", label=mark[1])

@@ -2,8 +2,11 @@
 
 A figure is {"value", "low", "high"}. Intervals are 95 % percentile bootstrap intervals over subjects: a resample weighs
 every subject by how often it was drawn, so the slices, lesions and voxels of one subject stay together. Shares of
-lesions and of scans have exact intervals, which do not shrink to nothing at 0 and 1. Resamples work on counts
-(..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds falling.
+lesions and of scans have exact intervals, which do not shrink to nothing at 0 and 1.
+
+Resamples work on counts (..., 2, thresholds): how much outside (0) and within (1) lesions has which score, thresholds
+falling. A table of such counts, a row a subject, is sparse, so that 100,000 scans fit into memory: a row is
+(2 * thresholds,), outside first.
 
 A single scan needs no figures, so what takes long to import is imported where a figure is computed.
 """
@@ -13,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 BIN_BITS = 15  # a bin holds the scores that share all but the last 15 bits: at most 0.4 % wide
 RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 50
+MOST_STEPS = 10_000  # of the scores in an interval's resamples: more would be slow, and tell nothing more
 FOUND_SHARE = 0.1  # of a lesion marked makes it found; less is had by chance in a large one
 SMALLEST_LESION_ML = 0.05
 VOLUME_EDGES_ML = (0.3, 1.0, 3.0, 10.0)
@@ -27,7 +32,7 @@ def auroc(labels, scores, subjects) -> dict:
     """Area under the ROC curve of (n,) labels (True = abnormal) and scores: {"value", "low", "high"}."""
     from sklearn.metrics import roc_auc_score
 
-    interval = _intervals({"": counted_auroc}, tabulate(labels, scores, subjects))[""]
+    interval = _intervals({"": _pair(counted_auroc)}, tabulate(labels, scores, subjects))[""]
     return {"value": float(roc_auc_score(labels, scores))} | interval
 
 
@@ -35,7 +40,7 @@ def average_precision(labels, scores, subjects) -> dict:
     """Area under the precision-recall curve, as a step function: {"value", "low", "high"}."""
     from sklearn.metrics import average_precision_score
 
-    interval = _intervals({"": counted_average_precision}, tabulate(labels, scores, subjects))[""]
+    interval = _intervals({"": _pair(counted_average_precision)}, tabulate(labels, scores, subjects))[""]
     return {"value": float(average_precision_score(labels, scores))} | interval
 
 
@@ -75,18 +80,21 @@ def rate(flags: list[bool]) -> dict:
     return {"flagged": sum(flags), "scans": len(flags), "low": measured["low"], "high": measured["high"]}
 
 
-def tabulate(labels, scores, subjects) -> np.ndarray:
-    """(subjects, 2, thresholds) counts by subject, label and score; subjects sorted by name, scores falling."""
+def tabulate(labels, scores, subjects) -> sparse.csr_array:
+    """(subjects, 2 * thresholds) counts by subject, label and score; subjects sorted by name, scores falling.
+
+    Of more than MOST_STEPS different scores those next to each other are counted as one.
+    """
     names, whose = np.unique(np.asarray(subjects), return_inverse=True)
     values, place = np.unique(-np.asarray(scores, dtype=float), return_inverse=True)
-    table = np.zeros((len(names), 2, len(values)))
-    np.add.at(table, (whose, np.asarray(labels, dtype=int), place), 1)
-    return table
+    steps = min(len(values), MOST_STEPS)
+    column = np.asarray(labels, dtype=int) * steps + place * steps // len(values)
+    return sparse.csr_array((np.ones(len(whose)), (whose, column)), (len(names), 2 * steps))
 
 
-def draw_weights(subjects: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def draw_weights(subjects: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
     """(resamples, subjects) how often each subject is drawn in each resample."""
-    return np.random.default_rng(seed).multinomial(subjects, np.full(subjects, 1 / subjects), resamples).astype(float)
+    return generator.multinomial(subjects, np.full(subjects, 1 / subjects), resamples).astype(float)
 
 
 def count_voxels(scores: np.ndarray, lesion: np.ndarray) -> dict[str, list[int]]:
@@ -108,36 +116,37 @@ def count_marked(marked: np.ndarray, lesion: np.ndarray) -> list[int]:
 class VoxelCounts:
     """How many voxels of each subject have which score, within lesions and outside: all that voxel figures need.
 
-    Memory grows with the number of subjects, not of voxels; a score is known to 0.4 %.
+    Memory grows with the number of scans, not of voxels; a score is known to 0.4 %.
     """
 
     def __init__(self):
-        self.counts: dict[str, dict[int, np.ndarray]] = {}
+        self.rows: dict[str, int] = {}  # of the table, by subject
+        self.scans: list[tuple[int, np.ndarray, np.ndarray]] = []  # (row, bins (n,), counts (n, 2)) of each
 
     def add(self, subject: str, counts: dict[str, list[int]]) -> None:
         """Add what `count_voxels` counted in a scan of this subject."""
-        mine = self.counts.setdefault(subject, {})
-        for key, count in counts.items():
-            mine[int(key)] = mine.get(int(key), 0) + np.array(count)
+        row = self.rows.setdefault(subject, len(self.rows))
+        values = np.array(list(counts.values()), dtype=np.int32).reshape(-1, 2)
+        self.scans.append((row, np.array([int(key) for key in counts], dtype=np.int32), values))
 
     def hold_lesions(self) -> bool:
-        return any(count[1] for mine in self.counts.values() for count in mine.values())
+        return any(counts[:, 1].any() for _, _, counts in self.scans)
 
-    def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(thresholds (bins,) falling, counts (subjects, 2, bins))."""
-        bins = sorted({key for mine in self.counts.values() for key in mine}, reverse=True)
-        column = {key: i for i, key in enumerate(bins)}
-        table = np.zeros((len(self.counts), 2, len(bins)))
-        for row, mine in zip(table, self.counts.values(), strict=True):
-            row[:, [column[key] for key in mine]] = np.array(list(mine.values())).T
-        return (np.array(bins, dtype=np.int32) << BIN_BITS).view(np.float32), table
+    def table(self) -> tuple[np.ndarray, sparse.csr_array]:
+        """(thresholds (bins,) falling, counts (subjects, 2 * bins))."""
+        rows, bins, counts = zip(*self.scans, strict=True)
+        row = np.repeat(rows, [len(one) for one in bins])
+        found, column = np.unique(-np.concatenate(bins), return_inverse=True)
+        outside, within = np.concatenate(counts).astype(float).T
+        both = np.concatenate([outside, within]), (np.tile(row, 2), np.concatenate([column, column + len(found)]))
+        return (-found << BIN_BITS).view(np.float32), sparse.csr_array(both, (len(self.rows), 2 * len(found)))
 
     def figures(self) -> dict:
         """Voxel AP, the Dice of the best threshold, that threshold, and the prevalence of lesions."""
         thresholds, table = self.table()
-        pooled = table.sum(axis=0)
+        pooled = table.sum(axis=0).reshape(2, -1)
         counted = {"voxel_ap": counted_average_precision, "best_dice": best_dice}
-        intervals = _intervals(counted, table)
+        intervals = _intervals({name: _pair(figure) for name, figure in counted.items()}, table)
         return {name: {"value": float(figure(pooled))} | intervals[name] for name, figure in counted.items()} | {
             "best_dice_threshold": float(thresholds[counted_dice(pooled).argmax()]),
             "prevalence": float(pooled[1].sum() / pooled.sum()),
@@ -146,7 +155,7 @@ class VoxelCounts:
     def dice_curve(self) -> tuple[np.ndarray, np.ndarray]:
         """(thresholds (bins,) falling, Dice (bins,) over all subjects at each)."""
         thresholds, table = self.table()
-        return thresholds, counted_dice(table.sum(axis=0))
+        return thresholds, counted_dice(table.sum(axis=0).reshape(2, -1))
 
 
 def counted_auroc(counts: np.ndarray) -> np.ndarray:
@@ -239,16 +248,20 @@ def name_volume(row: dict) -> str:
     return VOLUME_BINS[int(np.searchsorted(VOLUME_EDGES_ML, row["volume_ml"], side="right"))]
 
 
-def _intervals(counted: dict[str, Callable], table: np.ndarray) -> dict[str, dict]:
+def _pair(figure: Callable) -> Callable:
+    """A figure of counts (..., 2, thresholds), taken of rows of a table."""
+    return lambda sums: figure(sums.reshape(len(sums), 2, -1))
+
+
+def _intervals(counted: dict[str, Callable], table: np.ndarray | sparse.csr_array) -> dict[str, dict]:
     """{name: {"low", "high"}} of figures over resampled subjects; resamples where a figure is undefined are left out.
 
-    The same resamples serve all figures of a table (subjects, ...), so they are summed up once.
+    The same resamples serve all figures of a table (subjects, n), so they are summed up once.
     """
-    weights = draw_weights(len(table))
-    flat = table.reshape(len(table), -1)
+    generator = np.random.default_rng(0)
     values = {name: [] for name in counted}
-    for part in np.array_split(weights, 40):
-        summed = (part @ flat).reshape(-1, *table.shape[1:])
+    for _ in range(0, RESAMPLES, RESAMPLES_AT_ONCE):
+        summed = draw_weights(table.shape[0], RESAMPLES_AT_ONCE, generator) @ table
         for name, figure in counted.items():
             values[name].append(figure(summed))
     intervals = {}

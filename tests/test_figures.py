@@ -76,6 +76,23 @@ def test_curves_are_those_of_scikit_learn():
     assert lines[0].get_linestyle() != lines[1].get_linestyle(), "told apart without colours too"
 
 
+def test_curves_of_very_many_slices_are_thinned_and_stay_where_they_were():
+    rng = np.random.default_rng(0)
+    labels = rng.random(50_000) < 0.3
+    scores = {"score": rng.normal(size=50_000) + labels}
+    figure = draw_curves(labels, scores, {"score": (METRIC, METRIC)}, "slices")
+    precision, recall, _ = precision_recall_curve(labels, scores["score"])
+    for axis, (x, y) in zip(figure.axes, (roc_curve(labels, scores["score"])[:2], (recall, precision)), strict=True):
+        drawn_x, drawn_y = find_line(axis, "anomaly map").get_data()
+        assert len(drawn_x) <= 2000
+        assert [drawn_x[0], drawn_x[-1]] == [x[0], x[-1]]
+        rising = np.argsort(x, kind="stable")
+        middle = (x > 0.05) & (x < 0.95)
+        order = np.argsort(drawn_x, kind="stable")
+        near = np.interp(x[middle], drawn_x[order], drawn_y[order])
+        np.testing.assert_allclose(near, np.interp(x[middle], x[rising], y[rising]), atol=5e-3)
+
+
 def test_every_score_is_a_point_in_the_strip_of_its_group():
     groups = {"healthy, validation": np.array([1.0, 2.0, 4.0]), "abnormal": np.array([3.0, 90.0])}
     figure = draw_scores(groups, "score of scans", (3.5, "above: p ≤ 0.05"))

@@ -54,8 +54,8 @@ def test_auroc_by_hand():
 def test_resampled_metrics_count_as_scikit_learn_weighs():
     rng = np.random.default_rng(1)
     labels, scores, subjects = rng.random(300) < 0.4, rng.integers(0, 40, 300) / 40, rng.integers(0, 7, 300)
-    weights = draw_weights(7, 3, seed=2)
-    counts = np.tensordot(weights, tabulate(labels, scores, subjects), axes=1)
+    weights = draw_weights(7, 3, np.random.default_rng(2))
+    counts = (weights @ tabulate(labels, scores, subjects)).reshape(3, 2, -1)
     for metric, counted in ((roc_auc_score, counted_auroc), (average_precision_score, counted_average_precision)):
         wanted = [metric(labels, scores, sample_weight=w[subjects]) for w in weights]
         np.testing.assert_allclose(counted(counts), wanted, rtol=1e-9)
@@ -63,7 +63,29 @@ def test_resampled_metrics_count_as_scikit_learn_weighs():
 
 def test_a_table_counts_by_subject_label_and_falling_score():
     table = tabulate([True, False, True, True], [2, 3, 2, 1], ["b", "a", "b", "a"])
-    np.testing.assert_array_equal(table, [[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 2, 0]]])
+    np.testing.assert_array_equal(table.toarray(), [[1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 2, 0]])
+
+
+def test_an_interval_of_very_many_scores_is_that_of_steps_of_them(monkeypatch):
+    """The value stays that of the scores; the interval of 3,000 scores in 300 steps is nearly the same."""
+    rng = np.random.default_rng(0)
+    labels, subjects = rng.random(3000) < 0.3, rng.integers(0, 20, 3000)
+    scores = rng.normal(size=3000) + 0.8 * labels
+    exact = [figure(labels, scores, subjects) for figure in (auroc, average_precision)]
+    monkeypatch.setattr("evaluation.metrics.MOST_STEPS", 300)
+    assert tabulate(labels, scores, subjects).shape == (20, 600)
+    for wanted, figure in zip(exact, (auroc, average_precision), strict=True):
+        stepped = figure(labels, scores, subjects)
+        assert stepped["value"] == wanted["value"]
+        assert stepped == pytest.approx(wanted, abs=5e-3)
+
+
+def test_a_table_of_many_subjects_is_sparse():
+    """2,000 subjects of 50 slices: dense it would have 320 million cells."""
+    whose = np.repeat(np.arange(2000), 50)
+    table = tabulate(whose % 2, np.random.default_rng(0).random(100_000), whose)
+    assert table.sum() == 100_000
+    assert table.nnz <= 100_000
 
 
 def test_the_highest_score_may_be_missing_from_a_resample():
@@ -73,12 +95,11 @@ def test_the_highest_score_may_be_missing_from_a_resample():
 
 
 def test_two_thousand_resamples_draw_subjects_with_replacement():
-    weights = draw_weights(50)
+    weights = draw_weights(50, 2000, np.random.default_rng(0))
     assert weights.shape == (2000, 50)
     assert (weights.sum(axis=1) == 50).all()
     assert weights.mean(axis=0) == pytest.approx(np.ones(50), abs=0.1)
     assert weights.var() == pytest.approx(1 - 1 / 50, abs=0.02)
-    np.testing.assert_array_equal(weights, draw_weights(50))
 
 
 def test_the_interval_of_a_mean_is_that_of_the_books():
@@ -93,7 +114,8 @@ def test_the_interval_of_a_mean_is_that_of_the_books():
 def test_intervals_are_percentiles_over_subjects():
     rng = np.random.default_rng(3)
     labels, scores, subjects = rng.random(60) < 0.5, rng.random(60), np.repeat(np.arange(6), 10)
-    resampled = counted_auroc(np.tensordot(draw_weights(6), tabulate(labels, scores, subjects), axes=1))
+    weights = draw_weights(6, 2000, np.random.default_rng(0))
+    resampled = counted_auroc((weights @ tabulate(labels, scores, subjects)).reshape(2000, 2, -1))
     figure = auroc(labels, scores, subjects)
     np.testing.assert_allclose([figure["low"], figure["high"]], np.percentile(resampled, (2.5, 97.5)))
 
@@ -147,7 +169,7 @@ def test_voxel_metrics_by_hand():
     thresholds, dice = counts.dice_curve()
     assert thresholds.tolist() == [8, 4, 2, 1]
     np.testing.assert_allclose(dice, [2 / 4, 4 / 6, 4 / 7, 6 / 9])
-    assert best_dice(counts.table()[1].sum(axis=0)) == pytest.approx(4 / 6)
+    assert best_dice(counts.table()[1].sum(axis=0).reshape(2, -1)) == pytest.approx(4 / 6)
     figures = counts.figures()
     assert figures["best_dice_threshold"] == 4, "the highest of equals"
     assert figures["prevalence"] == 0.5
@@ -167,7 +189,7 @@ def test_voxels_are_counted_by_subject():
     counts.add("a", count([2, 2, 4], [1, 0, 1]))
     thresholds, table = counts.table()
     assert thresholds.tolist() == [4, 2, 1]
-    np.testing.assert_array_equal(table, [[[0, 1, 1], [1, 2, 0]], [[0, 0, 0], [0, 1, 0]]])
+    np.testing.assert_array_equal(table.toarray(), [[0, 1, 1, 1, 2, 0], [0, 0, 0, 0, 1, 0]])
     assert counts.hold_lesions()
     assert not make_counts([1, 2], [0, 0]).hold_lesions()
 

@@ -65,7 +65,7 @@ def test_a_prediction_is_kept_as_rows_and_counts():
     for name in DETECTORS:
         thresholds, table = results.voxels[name].table()
         assert thresholds.tolist() == [8, 1]
-        np.testing.assert_array_equal(table, [[[0, brain - lesion_pixels], [lesion_pixels, 0]]])
+        np.testing.assert_array_equal(table.toarray(), [[0, brain - lesion_pixels, lesion_pixels, 0]])
     assert results.count() == {"normal": 0, "abnormal": 1, "slices": 1, "subjects": 1, "lesions": 1} | KNOWN
 
 

@@ -121,7 +121,7 @@ def _train(
     """A trainer whose model, that of a model.pt, was trained on some scans; others are its validation scans."""
     config = {
         "network": content["config"], "precision": content["precision"],
-        "steps": steps, "batch_size": BATCH_SIZE, "lr": PEAK_LEARNING_RATE, "seed": 0,
+        "steps": steps, "batch_size": BATCH_SIZE, "lr": PEAK_LEARNING_RATE, "optimiser": "muon", "seed": 0,
     }  # fmt: skip
     offsets = MODELS[content["config"]["model"]].neighbour_offsets
     slices = []
