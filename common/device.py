@@ -30,8 +30,9 @@ def find_device(asked: str) -> torch.device:
 def choose_precision(device: torch.device) -> tuple[str, str]:
     """("bf16" or "fp32", why): bf16 where convolutions are clearly faster in it on this machine."""
     rates = [measure_convolution(device, precision) for precision in (torch.bfloat16, torch.float32)]
+    on = " on one core" if device.type == "cpu" else ""
     chosen = "bf16" if rates[0] > 1.2 * rates[1] else "fp32"
-    return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32 here"
+    return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32{on}"
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype:
@@ -43,7 +44,11 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
-    """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several."""
+    """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several.
+
+    A CPU is measured on one core: several wait for each other where something else uses one, and then all precisions
+    are as slow.
+    """
     from torch.utils.benchmark import Timer  # slow to import
 
     images, channels, size = 16, 64, 32
@@ -56,7 +61,7 @@ def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
     def run() -> None:
         torch.autograd.grad(layer(values), (values, layer.weight), gradient)
 
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    timer = Timer("run()", globals={"run": run}, num_threads=1)
     seconds = min(timer.blocked_autorange(min_run_time=0.2).times)
     return 3 * 2 * images * size**2 * channels**2 * 9 / seconds / 1e9
 

@@ -7,8 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.benchmark import Timer
 
-from common.device import choose_device, choose_precision, find_precision, fits_in_memory, keep_freed_memory
+from common.device import (
+    choose_device,
+    choose_precision,
+    find_precision,
+    fits_in_memory,
+    keep_freed_memory,
+    measure_convolution,
+)
 
 CPU = torch.device("cpu")
 
@@ -18,6 +26,21 @@ def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
     by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
     monkeypatch.setattr("common.device.measure_convolution", lambda device, kind: by_type[kind])
     assert choose_precision(CPU)[0] == precision
+
+
+def test_a_precision_is_measured_on_one_core_so_that_other_work_does_not_decide(monkeypatch):
+    seen = []
+
+    class Watched(Timer):
+        def blocked_autorange(self, **options):
+            self.timeit(1)
+            seen.append(self._task_spec.num_threads)
+            return SimpleNamespace(times=[0.5, 0.25])
+
+    monkeypatch.setattr("torch.utils.benchmark.Timer", Watched)
+    flops = 3 * 2 * 16 * 32 * 32 * 64 * 64 * 9  # of a convolution forward, and twice that backward
+    assert measure_convolution(CPU, torch.float32) == pytest.approx(flops / 0.25 / 1e9), "the best time counts"
+    assert seen == [1]
 
 
 @pytest.mark.parametrize(
