@@ -181,7 +181,7 @@ def test_without_flags_it_trains_three_times_as_measured(run, processed, tmp_pat
     monkeypatch.setattr(adaptation, "trange", note)
     command = ["--run", str(run), "--data", str(processed / "test"), "--out", str(tmp_path / "new"), "--device", "cpu"]
     assert script.main(command) == 0
-    settings = {(config["steps"], config["batch_size"], config["lr"]) for config in configs}
-    assert settings == {(300, 32, 6e-4)}
+    settings = {tuple(config[name] for name in ("steps", "batch_size", "lr", "optimiser")) for config in configs}
+    assert settings == {(300, 32, 6e-4, "muon")}
     assert lengths == [300] * 3
     assert "left out: 300;" in " ".join(script.make_parser().format_help().split())

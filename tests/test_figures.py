@@ -218,3 +218,6 @@ def test_ages_are_drawn_by_sex_where_they_are_known():
     assert set(find_line(axis, "above").get_ydata()) == {2.5}
     assert len({line.get_marker() for line in axis.lines[:3]}) == 3
     assert "above" not in str(read_legend(draw_ages(rows, None).axes[0]))
+    assert not any(line.get_rasterized() for line in axis.lines)
+    many = draw_ages(rows * 600, None).axes[0]
+    assert find_line(many, "F (1200)").get_rasterized(), "as a picture: 100,000 points would fill the page's memory"
