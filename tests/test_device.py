@@ -32,9 +32,12 @@ def test_a_precision_is_measured_on_one_core_so_that_other_work_does_not_decide(
     seen = []
 
     class Watched(Timer):
+        def __init__(self, *arguments, num_threads, **options):
+            super().__init__(*arguments, num_threads=num_threads, **options)
+            seen.append(num_threads)
+
         def blocked_autorange(self, **options):
             self.timeit(1)
-            seen.append(self._task_spec.num_threads)
             return SimpleNamespace(times=[0.5, 0.25])
 
     monkeypatch.setattr("torch.utils.benchmark.Timer", Watched)
