@@ -130,6 +130,7 @@ def measure_growth(counts: list[int], folder: Path) -> dict[str, list[tuple[floa
 def draw(counts: list[int], table: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """Seconds and peak memory against the number of scans, both on logarithmic scales."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for place, (axis, label) in enumerate(zip(axes, ("seconds", "peak memory, MB"), strict=True)):
@@ -137,9 +138,9 @@ def draw(counts: list[int], table: dict[str, list[tuple[float, float]]], path: P
             axis.loglog(counts, [cell[place] for cell in row], "o-", label=what)
         axis.set(xlabel="scans", ylabel=label)
         axis.set_xticks(counts, labels=[f"{count:,}" for count in counts])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.xaxis.minorticks_off()
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
