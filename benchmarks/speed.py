@@ -41,11 +41,11 @@ from preprocessing.geometry import Geometry
 from preprocessing.store import StoredScan, list_scans, write_scan
 from training.batches import seed_generator
 from training.dataset import SliceDataset
+from training.optimiser import OPTIMISERS
 from training.trainer import READ_LOSSES_EVERY, Trainer, sum_squares
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIXEL_MM, SLICE_MM = 200 / 128, 2.0
-OPTIMISERS = {"dae": "muon", "cae": "adam"}  # as train.py chooses
 TITLES = {"hobby": "full-resolution CAE", "dae": "dae", "cae": "cae"}
 EXAMPLE = "example:\n  python benchmarks/speed.py --models dae --rounds 3"
 

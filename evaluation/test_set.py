@@ -302,9 +302,7 @@ def log_figures(content: dict) -> None:
         text = (format_figure(figures[detector].get(name)).replace("–", "-") for name in names)
         log.info("%s", f"{title:30s}" + "".join(f"{cell:>22s}" for cell in text))
     if "dice" in names:
-        log.info(
-            "best dice takes the threshold that fits the test labels best; dice is of what is marked, without them"
-        )
+        log.info("best dice chooses its threshold by the test labels; dice is of what is marked, without them")
     for label in LABELS:
         if count := content["flagged"].get(label):
             share = f"{count['flagged']} of {count['scans']}"

@@ -76,12 +76,17 @@ def test_a_resumed_run_keeps_its_precision(processed, tmp_path, monkeypatch, cap
         training.main([*command, "--precision", "fp32"])
 
 
+def read_config(run) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
 def test_a_run_starts_from_another_model_and_knows_what_that_has_seen(processed, run, tmp_path, capsys):
     command = ["--data", str(processed), "--init", str(run), "--steps", "1", "--lr", "1e-9", "--model", "cae"]
     assert training.main([*command, "--run", str(tmp_path / "on")]) == 0
     assert "2 validation scans are known to the model of --init" in capsys.readouterr().err
     before, after = (load_checkpoint(folder / "model.pt") for folder in (run, tmp_path / "on"))
     assert after["config"] == before["config"]
+    assert read_config(tmp_path / "on")["optimiser"] == "muon", "that of the model, a dae, not of --model"
     learned = [name for name, values in after["weights"].items() if "running" not in name and "num_batches" not in name]
     for name in learned:
         torch.testing.assert_close(after["weights"][name], before["weights"][name], rtol=1e-3, atol=1e-6)
@@ -92,6 +97,14 @@ def test_a_run_starts_from_another_model_and_knows_what_that_has_seen(processed,
     assert "known to the model" not in capsys.readouterr().err
     seen = set(load_checkpoint(tmp_path / "new/model.pt")["seen"])
     assert seen == {"a scan of another folder", *before["seen"]}
+
+
+@pytest.mark.parametrize(("flags", "optimiser"), [(["--model", "cae"], "adam"), (["--optimiser", "adam"], "adam")])
+def test_the_plain_autoencoder_is_trained_by_adam_and_any_model_on_demand(flags, optimiser, processed, tmp_path):
+    command = ["--data", str(processed), "--run", str(tmp_path / "run"), "--width", "8", "--steps", "1", *flags]
+    assert training.main([*command, "--device", "cpu"]) == 0
+    assert read_config(tmp_path / "run")["optimiser"] == optimiser
+    assert len(load_checkpoint(tmp_path / "run/last.pt")["optimisers"]) == 1, "Muon would have Adam beside it"
 
 
 def test_slices_of_another_size_than_the_model_of_init_are_one_line(processed, untrained, tmp_path):
@@ -263,8 +276,6 @@ def test_defaults(monkeypatch):
     assert dae["network"] == {"model": "dae", "width": 64, "depth": 3}
     assert cae["network"] == {"model": "cae", "width": 32, "latent": 64}
     assert (dae["steps"], cae["steps"]) == (12000, 1500)
-    assert (dae["optimiser"], cae["optimiser"]) == ("muon", "adam")
-    assert take_config(monkeypatch, "--optimiser", "adam")["optimiser"] == "adam"
     assert take_config(monkeypatch)["network"]["model"] == "dae"
     kept = {"batch_size": 32, "lr": 2e-3, "val_fraction": 0.1, "seed": 0, "precision": "auto", "deterministic": False}
     assert {name: dae[name] for name in kept} == kept

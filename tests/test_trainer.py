@@ -17,7 +17,7 @@ from preprocessing.store import check_same_settings, list_scans
 from training.batches import pick_batch, schedule_learning_rate, seed_generator
 from training.corruption import corrupt, make_pair
 from training.dataset import SliceDataset
-from training.train import DEFAULTS
+from training.optimiser import OPTIMISERS
 from training.trainer import Trainer, sum_squares
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ NETWORKS = {
 
 def make_trainer(processed, model="dae", run=None, **changes) -> Trainer:
     config = {"network": NETWORKS[model], "precision": "fp32", "seed": 0, "batch_size": 5, "steps": 15, "lr": 1e-3}
-    config["optimiser"] = DEFAULTS[model]["optimiser"]
+    config["optimiser"] = OPTIMISERS[model]
     offsets = MODELS[model].neighbour_offsets
     datasets = [SliceDataset(list(list_scans(processed / split)), True, CPU, offsets) for split in ("train", "val")]
     return Trainer(config | changes, *datasets, run, quiet=True)

@@ -20,6 +20,7 @@ from preprocessing.scans import LABELS
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
+from training.optimiser import OPTIMISERS
 from training.trainer import Trainer
 
 FEW_SCANS = 10
@@ -121,7 +122,8 @@ def _train(
     """A trainer whose model, that of a model.pt, was trained on some scans; others are its validation scans."""
     config = {
         "network": content["config"], "precision": content["precision"],
-        "steps": steps, "batch_size": BATCH_SIZE, "lr": PEAK_LEARNING_RATE, "optimiser": "muon", "seed": 0,
+        "steps": steps, "batch_size": BATCH_SIZE, "lr": PEAK_LEARNING_RATE, "seed": 0,
+        "optimiser": OPTIMISERS[content["config"]["model"]],
     }  # fmt: skip
     offsets = MODELS[content["config"]["model"]].neighbour_offsets
     slices = []

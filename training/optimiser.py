@@ -17,6 +17,7 @@ MOMENTUM = 0.9
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.; they take a singular value to 0.7 to 1.2 in five rounds
 ROUNDS = 5
 ADAMS_LENGTH = 0.2  # root mean square of Adam's updates, in learning rates
+OPTIMISERS = {"dae": "muon", "cae": "adam"}  # of each model, unless another is asked for
 
 
 def make_optimisers(model: nn.Module, name: str, learning_rate: float, precision: torch.dtype) -> list[Optimizer]:

@@ -23,6 +23,7 @@ from preprocessing.cohort import explain_no_slices, refuse_copies, refuse_leaks
 from preprocessing.store import StoredScan, check_same_settings, list_scans
 from preprocessing.subjects import key_subject
 from training.dataset import SliceDataset
+from training.optimiser import OPTIMISERS
 from training.trainer import Trainer
 
 NO_STATE = "is not the state of a training run; delete it to train again"
@@ -136,6 +137,7 @@ def start_or_resume(config: dict, args: argparse.Namespace, device: torch.device
     size = scans[0][0].size
     init = load_init(args.init, size)
     config["network"] = init["config"] if init else config["network"] | {"size": size}
+    config["optimiser"] = config["optimiser"] or OPTIMISERS[config["network"]["model"]]
     if (coarsest := 4 * 2 ** (config["network"].get("depth", 1) - 1)) > size or size % coarsest:
         raise DataError(
             f"--depth {config['network']['depth']}: {size} pixels, the side of a slice, is not a multiple of {coarsest}"

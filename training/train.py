@@ -21,10 +21,7 @@ if __name__ == "__main__":
 
 from common.cli import SEED, Parser, add_device_flag, bounded, parse_flags, run_script, set_up_logging
 
-DEFAULTS = {  # see docs/experiments.md
-    "dae": {"width": 64, "steps": 12000, "optimiser": "muon"},
-    "cae": {"width": 32, "steps": 1500, "optimiser": "adam"},
-}
+DEFAULTS = {"dae": {"width": 64, "steps": 12000}, "cae": {"width": 32, "steps": 1500}}  # see docs/experiments.md
 FROM_A_MODEL = {"steps": 2000, "lr": 6e-4}  # what it knows is to stay
 EXAMPLE = "example:\n  python training/train.py --data Dataset/processed --run runs/dae"
 
@@ -81,16 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def configure(args: argparse.Namespace, device: str) -> dict:
-    """Everything that decides a run's result; its subjects and slice size are added once known."""
+    """Everything that decides a run's result; subjects, slice size, optimiser and precision are settled once known."""
     defaults = DEFAULTS[args.model] | (FROM_A_MODEL if args.init else {"lr": 2e-3})
-    width, steps, optimiser, lr = (
-        getattr(args, name) or defaults[name] for name in ("width", "steps", "optimiser", "lr")
-    )
+    width, steps, lr = (getattr(args, name) or defaults[name] for name in ("width", "steps", "lr"))
     network = {"model": args.model, "width": width}
     network |= {"depth": args.depth} if args.model == "dae" else {"latent": args.latent}
     return {
         "data": " ".join(map(str, args.data)), "network": network, "steps": steps, "batch_size": args.batch_size,
-        "optimiser": optimiser, "lr": lr, "init": args.init and str(args.init), "val_fraction": args.val_fraction,
+        "optimiser": args.optimiser, "lr": lr, "init": args.init and str(args.init), "val_fraction": args.val_fraction,
         "seed": args.seed, "device": device, "precision": args.precision, "deterministic": args.deterministic,
     }  # fmt: skip
 
