@@ -185,3 +185,18 @@ def test_without_flags_it_trains_three_times_as_measured(run, processed, tmp_pat
     assert settings == {(300, 32, 6e-4, "muon")}
     assert lengths == [300] * 3
     assert "left out: 300;" in " ".join(script.make_parser().format_help().split())
+
+
+def test_a_plain_autoencoder_is_adapted_by_adam_as_it_was_trained(run, processed, monkeypatch):
+    names = []
+
+    class Noted(adaptation.Trainer):
+        def __init__(self, config, *arguments, **options):
+            names.append(config["optimiser"])
+            super().__init__(config, *arguments, **options)
+
+    monkeypatch.setattr(adaptation, "Trainer", Noted)
+    network = {"model": "cae", "size": load_checkpoint(run / "model.pt")["config"]["size"], "width": 4, "latent": 4}
+    content = load_checkpoint(run / "model.pt") | {"config": network, "weights": build_model(network).state_dict()}
+    adaptation.adapt(content, list(list_scans(processed / "test")), 1, torch.device("cpu"), quiet=True)
+    assert set(names) == {"adam"}
