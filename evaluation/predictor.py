@@ -152,7 +152,7 @@ class Predictor:
         brain, residual = stack > 0, compute_residual(stack, reconstruction, sampling_mm)
         divided = self.calibration.divide(residual, brain)
         maps = {
-            "score": smooth_map(divided, residual.share, sampling_mm),
+            "score": smooth_map(divided, stack, sampling_mm),
             "mse": torch.where(brain, (stack.float() - reconstruction) ** 2, torch.nan),
         }
         if not maps["score"][brain].isfinite().all():

@@ -2,9 +2,10 @@
 
     residual     smooth(slice - reconstruction), signed, in units of the slice's [0, 1]; without what varies only over
                  centimetres, which is a coil's shading, not a lesion
-    anomaly map  |residual| / expected residual, smoothed again, because lesions are connected and noise is not;
-                 in units of the scan's median. What is expected of healthy scans depends on the residual's sign, on
-                 the place and on the texture of the reconstruction there (models/calibration.py)
+    anomaly map  |residual| / expected residual, smoothed again, because lesions are connected and noise is not, but
+                 not across edges of the slice, where lesions end; in units of the scan's median. What is expected of
+                 healthy scans depends on the residual's sign, on the place and on the texture of the reconstruction
+                 there (models/calibration.py)
     score        of a slice, the mean over the worst share of its brain; of a scan, the same over its stack
 
 The division by the scan's own median makes scans of different noise and contrast comparable: 10 is ten times what is
@@ -28,7 +29,10 @@ from models.autoencoder import take_middle
 if TYPE_CHECKING:
     from models.calibration import Calibration
 
-SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual and over the map, in all three directions
+SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in all three directions
+WINDOW_MM = 3.0  # standard deviation of the Gaussian windows in which the map follows the slice
+EDGE_CELL = 2  # pixels along each side of the cells over which it is estimated
+EDGE = 0.03  # contrast in a window, as a standard deviation of [0, 1], above which it is an edge
 SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is subtracted from the residual
 SHADING_LIMIT = 4.0  # medians of |residual|; larger values are clipped, or large lesions would count as shading
 SHADING_CELL = 4  # pixels along each side of the cells over which the shading is estimated
@@ -43,12 +47,10 @@ class Residual(NamedTuple):
              the brain
     texture  (2, n, H, W) mean and standard deviation of the reconstruction around each pixel. Not of the slice:
              a lesion would be compared with tissue that looks like lesions
-    share    (n, H, W) how much of what lies around each pixel is brain
     """
 
     values: torch.Tensor
     texture: torch.Tensor
-    share: torch.Tensor
 
 
 @torch.inference_mode()
@@ -90,7 +92,7 @@ def compute_residual(stack: torch.Tensor, reconstruction: torch.Tensor, sampling
     values, mean, squares = values * within, mean * within, squares * within
     values -= _estimate_shading(values, brain, sampling_mm)
     values *= brain * (2 * share - 1).clamp(0, 1)
-    return Residual(values, torch.stack([mean, (squares - mean * mean).clamp(min=0).sqrt()]), share)
+    return Residual(values, torch.stack([mean, (squares - mean * mean).clamp(min=0).sqrt()]))
 
 
 def _estimate_shading(residual: torch.Tensor, brain: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
@@ -109,18 +111,31 @@ def map_anomalies(
     stack: torch.Tensor, reconstruction: torch.Tensor, sampling_mm: tuple[float, float], calibration: Calibration
 ) -> torch.Tensor:
     """The anomaly map (n, H, W), float32, in units of the scan's median; NaN outside the brain."""
-    residual = compute_residual(stack, reconstruction, sampling_mm)
-    return smooth_map(calibration.normalise(residual, stack > 0), residual.share, sampling_mm)
+    divided = calibration.divide(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
+    return smooth_map(divided, stack, sampling_mm)
 
 
-def smooth_map(anomaly: torch.Tensor, share: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
-    """A map (n, H, W), NaN outside the brain, smoothed within the brain and in units of its median.
+def smooth_map(divided: torch.Tensor, stack: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
+    """The anomaly map (n, H, W) of a stack from |residual| / expected residual, both (n, H, W); NaN outside the brain.
 
-    share  of the scan's `Residual`
+    Fast guided filter (He and Sun, 2015) with Gaussian windows: in each, the map is a straight line over the stack's
+    intensity, flat where there is no edge. So a lesion is filled, and what is beyond its edge is not.
     """
-    brain = anomaly.isfinite()
-    mean = smooth(anomaly.nan_to_num(0), SMOOTHING_MM, sampling_mm) / share
-    return torch.where(brain, mean / max(find_median(mean[brain]), 1e-6), torch.nan)
+    brain, guide = stack > 0, stack.float()
+    values = torch.where(brain, divided, 0)
+    cells_mm = (sampling_mm[0], sampling_mm[1] * EDGE_CELL)
+    parts = torch.stack([brain.float(), guide, values, guide * guide, guide * values])
+    cells = F.avg_pool2d(parts, EDGE_CELL)
+    means = smooth(cells, WINDOW_MM, cells_mm)
+    within = 1 / means[0].clamp(min=1e-3)
+    guide_mean, value_mean, squares, products = means[1:] * within
+    variance = (squares - guide_mean * guide_mean).clamp(min=0)
+    slope = (products - guide_mean * value_mean) / (variance + EDGE**2)
+    lines = torch.stack([slope, value_mean - slope * guide_mean]) * cells[0]
+    lines = smooth(lines, WINDOW_MM, cells_mm) * within
+    slope, level = F.interpolate(lines, size=stack.shape[1:], mode="bilinear", align_corners=False)
+    smoothed = (slope * guide + level).clamp(min=0)
+    return torch.where(brain, smoothed / max(find_median(smoothed[brain]), 1e-6), torch.nan)
 
 
 def score_mse(stack: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ from models.expectation import (
     sum_by_texture,
 )
 
+VERSION = 2  # of the anomaly map: what is expected of one says nothing about another
 VOXELS_FLAGGED = 0.002  # share of a healthy brain above the voxel threshold
 STATE_KEYS = {  # field: its key in model.pt
     "expected_residual": "expected",
@@ -53,7 +54,7 @@ STATE_KEYS = {  # field: its key in model.pt
 OF_SCANS = ("scan_scores", "slice_scores", "median_residuals", "region_masses")
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
-# what is expected of a scan, its residual, its brain, sampling_mm
+# what is expected of a scan, its residual, its stack, sampling_mm
 Expected = tuple["Calibration", Residual, torch.Tensor, tuple[float, float]]
 
 
@@ -98,16 +99,16 @@ class Calibration:
         if robust:
             return draft._fit_robustly(scans)
         texture_sums = [
-            sum_by_texture(residual, others.normalise(residual, brain), draft.texture_edges)
-            for residual, brain, _, others in draft._leave_each_out(scans, place_sums)
+            sum_by_texture(residual, others.normalise(residual, stack > 0), draft.texture_edges)
+            for residual, stack, _, others in draft._leave_each_out(scans, place_sums)
         ]
         total = sum(texture_sums)
         factors = [expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums]
 
         def leave_each_out() -> Iterator[Expected]:
             left_out = draft._leave_each_out(scans, place_sums)
-            for (residual, brain, sampling_mm, others), factor in zip(left_out, factors, strict=True):
-                yield replace(others, texture_factor=factor), residual, brain, sampling_mm
+            for (residual, stack, sampling_mm, others), factor in zip(left_out, factors, strict=True):
+                yield replace(others, texture_factor=factor), residual, stack, sampling_mm
 
         scores, quantiles = _score_scans(leave_each_out())
         threshold = float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED))
@@ -126,7 +127,7 @@ class Calibration:
         fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
 
         def expect_all() -> Iterator[Expected]:
-            return ((fitted, compute_residual(*scan), scan[0] > 0, scan[2]) for scan in scans)
+            return ((fitted, compute_residual(*scan), scan[0], scan[2]) for scan in scans)
 
         scores, quantiles = _score_scans(expect_all())
         thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
@@ -136,16 +137,24 @@ class Calibration:
     def _leave_each_out(
         self, scans: Sequence[Compared], place_sums: torch.Tensor
     ) -> Iterator[tuple[Residual, torch.Tensor, tuple[float, float], Calibration]]:
-        """Of each scan its residual, brain and sampling_mm, and this calibration with what the other scans expect."""
+        """Of each scan its residual, stack and sampling_mm, and this calibration with what the other scans expect."""
         for stack, reconstruction, sampling_mm in scans:
             residual = compute_residual(stack, reconstruction, sampling_mm)
             others = _leave_out(place_sums, sum_by_place(residual.values), len(scans))
-            yield residual, stack > 0, sampling_mm, replace(self, expected_residual=expect_at_place(others))
+            yield residual, stack, sampling_mm, replace(self, expected_residual=expect_at_place(others))
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
-        """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit."""
+        """The calibration that `to_state` wrote, on the devices of its tensors. ValueError where they do not fit.
+
+        DataError, which says how to calibrate anew, for another version of the anomaly map.
+        """
         values = {name: state[key] for name, key in STATE_KEYS.items()}
+        if state.get("version") != VERSION:
+            raise DataError(
+                "its calibration is for another version of the anomaly map; calibrate it anew: delete it and run "
+                "train.py again where last.pt is whole, or run calibrate.py with healthy scans"
+            )
         _refuse_not_finite(values)
         size = values["intensity"].shape[-1]
         shapes = {"expected_residual": (2, LEVELS, size, size), "intensity": (2, LEVELS, size, size)}
@@ -156,10 +165,11 @@ class Calibration:
             raise ValueError(f"the calibration's {', '.join(wrong)} have wrong shapes")
         return cls(**values | {"voxel_threshold": float(values["voxel_threshold"])})
 
-    def to_state(self) -> dict[str, torch.Tensor]:
-        """What model.pt keeps of it: float32 tensors on the CPU. DataError where it is not finite."""
+    def to_state(self) -> dict[str, torch.Tensor | int]:
+        """What model.pt keeps of it: float32 tensors on the CPU, and VERSION. DataError where it is not finite."""
         _refuse_not_finite(vars(self))
-        return {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
+        tensors = {key: torch.as_tensor(getattr(self, name)).cpu() for name, key in STATE_KEYS.items()}
+        return tensors | {"version": VERSION}
 
     def to(self, device: torch.device | str) -> Calibration:
         """The same on another device."""
@@ -286,9 +296,10 @@ def _score_scans(scans: Iterable[Expected]) -> tuple[dict[str, torch.Tensor], to
     """(the sorted scores and median residuals of healthy scans, (scans, 10001) quantiles of their maps)."""
     found, quantiles = {"scan_scores": [], "slice_scores": [], "median_residuals": []}, []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
-    for expected, residual, brain, sampling_mm in scans:
+    for expected, residual, stack, sampling_mm in scans:
+        brain = stack > 0
         divided = expected.divide(residual, brain)
-        anomaly = smooth_map(divided, residual.share, sampling_mm)
+        anomaly = smooth_map(divided, stack, sampling_mm)
         found["median_residuals"].append(torch.tensor([find_median(divided[brain])]))
         found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
         found["slice_scores"].append(score_slices(anomaly))
@@ -300,8 +311,8 @@ def _score_scans(scans: Iterable[Expected]) -> tuple[dict[str, torch.Tensor], to
 def _find_masses(scans: Iterable[Expected], threshold: float) -> torch.Tensor:
     """(scans,) sorted: `find_largest_mass` of each map."""
     masses = []
-    for expected, residual, brain, sampling_mm in scans:
-        anomaly = smooth_map(expected.divide(residual, brain), residual.share, sampling_mm)
+    for expected, residual, stack, sampling_mm in scans:
+        anomaly = smooth_map(expected.divide(residual, stack > 0), stack, sampling_mm)
         masses.append(find_largest_mass(anomaly, threshold, sampling_mm))
     return torch.tensor(masses, device=anomaly.device).sort().values
 

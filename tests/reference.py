@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
+from skimage.transform import resize
 
 from models.calibration import Calibration
 
 SMOOTHING_MM, SHADING_MM, SHADING_LIMIT = 2.0, 20.0, 4.0
+WINDOW_MM, EDGE, EDGE_CELL = 3.0, 0.03, 2
 LEVELS, TEXTURE_BINS = 16, 12
 Scan = tuple[np.ndarray, np.ndarray, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
@@ -56,7 +58,7 @@ def map_plainly(
     names = ("expected_residual", "texture_edges", "texture_factor")
     expected, edges, factor = (getattr(calibration, name).numpy() for name in names)
     compared = compare_plainly(stack, reconstruction, sampling_mm)
-    return smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), sampling_mm)
+    return smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), stack, sampling_mm)
 
 
 def divide_plainly(compared: tuple, brain: np.ndarray, expected, edges, factor) -> np.ndarray:
@@ -69,12 +71,35 @@ def divide_plainly(compared: tuple, brain: np.ndarray, expected, edges, factor) 
     return divided / find_median(divided[brain])
 
 
-def smooth_plainly(divided: np.ndarray, sampling_mm: tuple[float, float]) -> np.ndarray:
-    """The map smoothed within the brain, in units of its median."""
-    brain = np.isfinite(divided)
-    share = smooth(brain.astype(np.float32), SMOOTHING_MM, sampling_mm)
-    mapped = smooth(np.nan_to_num(divided), SMOOTHING_MM, sampling_mm) / np.maximum(share, 1e-6)
+def smooth_plainly(divided: np.ndarray, stack: np.ndarray, sampling_mm: tuple[float, float]) -> np.ndarray:
+    """The map smoothed within the brain along the stack's edges, in units of its median: He and Sun's guided filter."""
+    brain, cells_mm = stack > 0, (sampling_mm[0], sampling_mm[1] * EDGE_CELL)
+    guide, values = stack.astype(np.float64), np.where(brain, divided, 0)
+    share = average_windows(brain, cells_mm)
+    guide_mean, mean, squares, products = (
+        average_windows(part, cells_mm) / np.maximum(share, 1e-3) for part in (guide, values, guide**2, guide * values)
+    )
+    slope = (products - guide_mean * mean) / (squares - guide_mean**2 + EDGE**2)
+    lines = [
+        smooth(part * average_cells(brain), WINDOW_MM, cells_mm) / np.maximum(share, 1e-3)
+        for part in (slope, mean - slope * guide_mean)
+    ]
+    slope, level = (
+        np.stack([resize(plane, stack.shape[1:], order=1, mode="edge") for plane in part]) for part in lines
+    )
+    mapped = np.maximum(slope * guide + level, 0)
     return np.where(brain, mapped / find_median(mapped[brain]), np.nan)
+
+
+def average_cells(values: np.ndarray) -> np.ndarray:
+    """(n, H / 2, W / 2) means of cells of 2x2 pixels."""
+    slices, height, width = values.shape
+    return values.reshape(slices, height // EDGE_CELL, EDGE_CELL, width // EDGE_CELL, EDGE_CELL).mean((2, 4))
+
+
+def average_windows(values: np.ndarray, cells_mm: tuple[float, float]) -> np.ndarray:
+    """The Gaussian mean around each cell."""
+    return smooth(average_cells(values), WINDOW_MM, cells_mm)
 
 
 def calibrate_plainly(scans: list[Scan]) -> dict:
@@ -90,10 +115,10 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
     expected = [expect_at_place([compared[j][0] for j in others[i]]) for i in range(len(scans))]
     divided = [divide_plainly(compared[i], brains[i], expected[i], edges, flat) for i in range(len(scans))]
     maps = []
-    for i, (_, _, sampling_mm) in enumerate(scans):
+    for i, (stack, _, sampling_mm) in enumerate(scans):
         factor = expect_with_texture([compared[j] for j in others[i]], [divided[j] for j in others[i]], edges)
         mapped = divide_plainly(compared[i], brains[i], expected[i], edges, factor)
-        maps.append(smooth_plainly(mapped, sampling_mm))
+        maps.append(smooth_plainly(mapped, stack, sampling_mm))
     threshold = np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998)
     masses = [find_largest_mass(mapped, threshold, scan[2]) for mapped, scan in zip(maps, scans, strict=True)]
     return {

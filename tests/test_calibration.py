@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from common.cli import DataError
 from models.anomaly import compute_residual, find_largest_mass, find_median, map_anomalies, score_scan, score_slices
-from models.calibration import STATE_KEYS, Calibration, compute_p_values, count_needed_scans
+from models.calibration import STATE_KEYS, VERSION, Calibration, compute_p_values, count_needed_scans
 from tests.reference import calibrate_plainly, make_scan
 
 FAR_MM = 1000.0  # slices so far apart do not blur into each other
@@ -269,8 +269,8 @@ def test_model_pt_keeps_it_under_its_old_names():
     calibration = fit([make_scan(1), make_scan(2)])
     state = calibration.to_state()
     old = ["expected", "looks", "by_look", "intensity", "scan_scores", "slice_scores", "threshold"]
-    assert list(state) == [*old, "median_residuals", "region_masses"]
-    for name, values in state.items():
+    assert list(state) == [*old, "median_residuals", "region_masses", "version"]
+    for name, values in list(state.items())[:-1]:
         assert values.dtype == torch.float32, name
         assert torch.isfinite(values).all(), name
         assert values.untyped_storage().nbytes() == 4 * values.numel(), "no more is written than it holds"
@@ -293,6 +293,16 @@ def test_a_calibration_of_no_numbers_is_neither_written_nor_read(name, key, valu
         replace(good, **{name: values}).to_state()
     with pytest.raises(DataError, match=words):
         Calibration.from_state(good.to_state() | {key: values})
+
+
+@pytest.mark.parametrize("version", [None, VERSION - 1, VERSION + 1])
+def test_a_calibration_for_another_anomaly_map_is_refused(version):
+    """Its scores and its threshold would be compared with those of a map that has others."""
+    state = make_calibration([1.0]).to_state() | {"version": version}
+    if version is None:
+        del state["version"]  # as it was before there was one
+    with pytest.raises(DataError, match=r"for another version of the anomaly map; calibrate it anew: .*calibrate\.py"):
+        Calibration.from_state(state)
 
 
 def test_nobody_changes_it():

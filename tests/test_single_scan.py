@@ -69,13 +69,13 @@ def test_the_verdict_follows_from_the_p_value(scan_scores, rate, verdict, folder
 
 
 def test_what_is_left_of_a_scan_agrees(folder, capsys):
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.5)
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.25)
     content = run_json(folder, capsys, "--smallest-ml", "0.3")
     (found,) = content["scans"]
     assert sorted(content) == ["false_positive_rate", "normal_scans", "run", "scans", "skipped"]
     assert content["skipped"] == []
     assert found["file"] == str(folder / "head_T1w.nii.gz")
-    assert found["threshold"] == 1.5
+    assert found["threshold"] == 1.25
     files = {what: Path(path) for what, path in found["files"].items()}
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(path.name for path in files.values())
     endings = {"map": "_anomaly.nii.gz", "mask": "_mask.nii.gz", "picture": ".png", "page": ".html", "record": ".json"}
@@ -84,7 +84,7 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
     anomaly, mask = (nib.load(files[what]) for what in ("map", "mask"))
     np.testing.assert_allclose(anomaly.affine, make_head().affine, atol=1e-4)
     assert anomaly.shape == make_head().shape
-    np.testing.assert_array_equal(mask.get_fdata() > 0, np.nan_to_num(anomaly.get_fdata()) >= 1.5)
+    np.testing.assert_array_equal(mask.get_fdata() > 0, np.nan_to_num(anomaly.get_fdata()) >= 1.25)
     volumes = [region["volume_ml"] for region in found["regions"]]
     assert volumes == sorted(volumes, reverse=True)
     assert volumes[-1] >= 0.3
@@ -102,7 +102,7 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
 
 
 def test_regions_are_printed_the_ten_largest_first(folder, capsys):
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=torch.zeros(39))
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.3125, region_masses=torch.zeros(39))
     regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
     assert len(regions) > 10
     assert run_scan(folder, "--smallest-ml", "0") == 0
@@ -116,11 +116,11 @@ def test_regions_are_printed_the_ten_largest_first(folder, capsys):
 
 
 def test_regions_that_healthy_scans_commonly_show_are_counted_only(folder, capsys):
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=torch.zeros(39))
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.3125, region_masses=torch.zeros(39))
     regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
     largest, second = sorted((region["volume_ml"] * region["mean"] for region in regions), reverse=True)[:2]
     healthy = torch.tensor([0.0] * 30 + [(largest + second) / 2] * 3 + [2 * largest] * 6).float()
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.8, region_masses=healthy)
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.3125, region_masses=healthy)
     assert run_scan(folder, "--smallest-ml", "0") == 0
     lines = capsys.readouterr().out.splitlines()
     (printed,) = [line for line in lines if "peak" in line]
