@@ -42,16 +42,15 @@ def test_scans_alike_are_calibrated_as_one_alone():
 
 def test_one_contaminated_scan_hardly_changes_it():
     """One of eight with a large lesion, against the same eight without it: what the medians give, and the means."""
-    healthy = [make_scan(seed) for seed in range(1, 8)]
+    healthy = [make_scan(seed, size=48) for seed in range(1, 8)]
     changes = {}
     for robust in (True, False):
-        clean, dirty = (fit([*healthy, make_scan(9, offset=offset)], robust) for offset in (0.0, 0.9))
+        clean, dirty = (fit([*healthy, make_scan(9, size=48, offset=offset)], robust) for offset in (0.0, 0.9))
         changes[robust] = [
             (getattr(dirty, name) / getattr(clean, name) - 1).abs() for name in ("expected_residual", "texture_factor")
         ]
         changes[robust].append(torch.tensor(dirty.voxel_threshold / clean.voxel_threshold - 1).abs())
-    assert all(change.mean() < 0.03 and change.max() < 0.35 for change in changes[True][:2])
-    assert changes[True][2] < 0.1
+    assert all(change.mean() < 0.03 and change.max() < 0.35 for change in changes[True])
     assert all(change.max() > 1 for change in changes[False])
 
 
