@@ -14,7 +14,16 @@ from torch import nn
 from common.cli import DataError
 from common.device import find_precision
 from evaluation.regions import find_regions, list_regions
-from models.anomaly import compute_residual, find_median, reconstruct, score_mse, score_scan, score_slices, smooth_map
+from models.anomaly import (
+    compute_residual,
+    find_median,
+    reconstruct,
+    score_mse,
+    score_scan,
+    score_slices,
+    sharpen_regions,
+    smooth_map,
+)
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
 from models.checkpoint import load_model
@@ -151,8 +160,9 @@ class Predictor:
         reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
         brain, residual = stack > 0, compute_residual(stack, reconstruction, sampling_mm)
         divided = self.calibration.divide(residual, brain)
+        smoothed, threshold = smooth_map(divided, stack, sampling_mm), self.calibration.voxel_threshold
         maps = {
-            "score": smooth_map(divided, stack, sampling_mm),
+            "score": sharpen_regions(smoothed, stack, reconstruction, threshold),
             "mse": torch.where(brain, (stack.float() - reconstruction) ** 2, torch.nan),
         }
         if not maps["score"][brain].isfinite().all():
@@ -168,7 +178,6 @@ class Predictor:
         scan_scores = {name: score_scan(values) for name, values in maps.items()}
         scan_scores["mse"] = float(slice_scores["mse"].mean())
         maps = {name: values.cpu().numpy() for name, values in maps.items()}
-        threshold = self.calibration.voxel_threshold
         native_map = scan.geometry.restore(maps["score"])
         affine = np.array(scan.geometry.affine)
         regions, native_numbers = list_regions(native_map, affine, threshold, self.smallest_ml)

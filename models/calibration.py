@@ -21,6 +21,7 @@ from models.anomaly import (
     compute_residual,
     find_largest_mass,
     find_median,
+    map_anomalies,
     reconstruct,
     score_scan,
     score_slices,
@@ -38,7 +39,7 @@ from models.expectation import (
     sum_by_texture,
 )
 
-VERSION = 2  # of the anomaly map: what is expected of one says nothing about another
+VERSION = 3  # of the anomaly map: what is expected of one says nothing about another
 VOXELS_FLAGGED = 0.002  # share of a healthy brain above the voxel threshold
 STATE_KEYS = {  # field: its key in model.pt
     "expected_residual": "expected",
@@ -54,8 +55,7 @@ STATE_KEYS = {  # field: its key in model.pt
 OF_SCANS = ("scan_scores", "slice_scores", "median_residuals", "region_masses")
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
-# what is expected of a scan, its residual, its stack, sampling_mm
-Expected = tuple["Calibration", Residual, torch.Tensor, tuple[float, float]]
+Expected = tuple["Calibration", Compared]  # a scan with what is expected of it
 
 
 @dataclass(frozen=True)
@@ -98,50 +98,46 @@ class Calibration:
         draft, place_sums = _describe_places(scans)
         if robust:
             return draft._fit_robustly(scans)
-        texture_sums = [
-            sum_by_texture(residual, others.normalise(residual, stack > 0), draft.texture_edges)
-            for residual, stack, _, others in draft._leave_each_out(scans, place_sums)
-        ]
+        texture_sums = [others._sum_by_texture(*scan) for others, scan in draft._leave_each_out(scans, place_sums)]
         total = sum(texture_sums)
         factors = [expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums]
 
         def leave_each_out() -> Iterator[Expected]:
             left_out = draft._leave_each_out(scans, place_sums)
-            for (residual, stack, sampling_mm, others), factor in zip(left_out, factors, strict=True):
-                yield replace(others, texture_factor=factor), residual, stack, sampling_mm
+            for (others, scan), factor in zip(left_out, factors, strict=True):
+                yield replace(others, texture_factor=factor), scan
 
-        scores, quantiles = _score_scans(leave_each_out())
+        medians, quantiles = _describe_maps(leave_each_out())
         threshold = float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED))
-        scores["region_masses"] = _find_masses(leave_each_out(), threshold)
-        return replace(draft, texture_factor=expect_with_texture(total), voxel_threshold=threshold, **scores)
+        found = _score_scans(leave_each_out(), threshold) | {"median_residuals": medians}
+        return replace(draft, texture_factor=expect_with_texture(total), voxel_threshold=threshold, **found)
 
     def _fit_robustly(self, scans: Sequence[Compared]) -> Calibration:
         """This draft with the medians over the scans of what each expects by place, then by texture."""
         by_place = [expect_at_place(sum_by_place(compute_residual(*scan).values)) for scan in scans]
         placed = replace(self, expected_residual=torch.stack(by_place).median(0).values)
-        by_texture = []
-        for scan in scans:
-            residual = compute_residual(*scan)
-            sums = sum_by_texture(residual, placed.normalise(residual, scan[0] > 0), placed.texture_edges)
-            by_texture.append(expect_with_texture(sums))
+        by_texture = [expect_with_texture(placed._sum_by_texture(*scan)) for scan in scans]
         fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
 
         def expect_all() -> Iterator[Expected]:
-            return ((fitted, compute_residual(*scan), scan[0], scan[2]) for scan in scans)
+            return ((fitted, scan) for scan in scans)
 
-        scores, quantiles = _score_scans(expect_all())
+        medians, quantiles = _describe_maps(expect_all())
         thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
-        scores["region_masses"] = _find_masses(expect_all(), threshold := float(thresholds.median()))
-        return replace(fitted, voxel_threshold=threshold, **scores)
+        found = _score_scans(expect_all(), threshold := float(thresholds.median())) | {"median_residuals": medians}
+        return replace(fitted, voxel_threshold=threshold, **found)
 
-    def _leave_each_out(
-        self, scans: Sequence[Compared], place_sums: torch.Tensor
-    ) -> Iterator[tuple[Residual, torch.Tensor, tuple[float, float], Calibration]]:
-        """Of each scan its residual, stack and sampling_mm, and this calibration with what the other scans expect."""
-        for stack, reconstruction, sampling_mm in scans:
-            residual = compute_residual(stack, reconstruction, sampling_mm)
-            others = _leave_out(place_sums, sum_by_place(residual.values), len(scans))
-            yield residual, stack, sampling_mm, replace(self, expected_residual=expect_at_place(others))
+    def _leave_each_out(self, scans: Sequence[Compared], place_sums: torch.Tensor) -> Iterator[Expected]:
+        """Each scan, with this calibration expecting at each place what the other scans show there."""
+        for scan in scans:
+            others = _leave_out(place_sums, sum_by_place(compute_residual(*scan).values), len(scans))
+            yield replace(self, expected_residual=expect_at_place(others)), scan
+
+    def _sum_by_texture(
+        self, stack: torch.Tensor, reconstruction: torch.Tensor, sampling_mm: tuple[float, float]
+    ) -> torch.Tensor:
+        residual = compute_residual(stack, reconstruction, sampling_mm)
+        return sum_by_texture(residual, self.normalise(residual, stack > 0), self.texture_edges)
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
@@ -292,29 +288,27 @@ def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tens
     ), place_sums
 
 
-def _score_scans(scans: Iterable[Expected]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(the sorted scores and median residuals of healthy scans, (scans, 10001) quantiles of their maps)."""
-    found, quantiles = {"scan_scores": [], "slice_scores": [], "median_residuals": []}, []
+def _describe_maps(scans: Iterable[Expected]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the sorted median residuals of healthy scans, (scans, 10001) quantiles of their smoothed maps)."""
+    medians, quantiles = [], []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
-    for expected, residual, stack, sampling_mm in scans:
+    for expected, (stack, reconstruction, sampling_mm) in scans:
         brain = stack > 0
-        divided = expected.divide(residual, brain)
-        anomaly = smooth_map(divided, stack, sampling_mm)
-        found["median_residuals"].append(torch.tensor([find_median(divided[brain])]))
+        divided = expected.divide(compute_residual(stack, reconstruction, sampling_mm), brain)
+        medians.append(find_median(divided[brain]))
+        quantiles.append(_find_quantiles(smooth_map(divided, stack, sampling_mm)[brain], shares))
+    return torch.tensor(medians, device=quantiles[0].device).sort().values, torch.stack(quantiles)
+
+
+def _score_scans(scans: Iterable[Expected], threshold: float) -> dict[str, torch.Tensor]:
+    """The sorted scores of healthy scans, and the largest mass of a region of each, with this voxel threshold."""
+    found = {"scan_scores": [], "slice_scores": [], "region_masses": []}
+    for expected, scan in scans:
+        anomaly = map_anomalies(*scan, replace(expected, voxel_threshold=threshold))
         found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
         found["slice_scores"].append(score_slices(anomaly))
-        quantiles.append(_find_quantiles(anomaly[brain], shares))
-    device = quantiles[0].device
-    return {name: torch.cat(values).to(device).sort().values for name, values in found.items()}, torch.stack(quantiles)
-
-
-def _find_masses(scans: Iterable[Expected], threshold: float) -> torch.Tensor:
-    """(scans,) sorted: `find_largest_mass` of each map."""
-    masses = []
-    for expected, residual, stack, sampling_mm in scans:
-        anomaly = smooth_map(expected.divide(residual, stack > 0), stack, sampling_mm)
-        masses.append(find_largest_mass(anomaly, threshold, sampling_mm))
-    return torch.tensor(masses, device=anomaly.device).sort().values
+        found["region_masses"].append(torch.tensor([find_largest_mass(anomaly, threshold, scan[2])]))
+    return {name: torch.cat([one.to(anomaly.device) for one in values]).sort().values for name, values in found.items()}
 
 
 def _leave_out(total: torch.Tensor, own: torch.Tensor, scans: int) -> torch.Tensor:

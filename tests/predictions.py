@@ -84,11 +84,11 @@ def restore_map(made: Prediction, native_map: np.ndarray | None = None) -> Predi
 
 
 def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:
-    """Where a map is marked, bool: what is connected at or above the threshold, down to a fifth of its highest."""
+    """Where a map is marked, bool: what is connected at or above the threshold, down to a tenth of its highest."""
     parts, count = ndimage.label(np.nan_to_num(anomaly) >= threshold)
     marked = np.zeros(anomaly.shape, bool)
     for part in range(1, count + 1):
-        marked |= (parts == part) & (anomaly >= 0.2 * anomaly[parts == part].max())
+        marked |= (parts == part) & (anomaly >= 0.1 * anomaly[parts == part].max())
     return marked
 
 

@@ -58,7 +58,8 @@ def map_plainly(
     names = ("expected_residual", "texture_edges", "texture_factor")
     expected, edges, factor = (getattr(calibration, name).numpy() for name in names)
     compared = compare_plainly(stack, reconstruction, sampling_mm)
-    return smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), stack, sampling_mm)
+    mapped = smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), stack, sampling_mm)
+    return sharpen_plainly(mapped, stack, reconstruction, calibration.voxel_threshold)
 
 
 def divide_plainly(compared: tuple, brain: np.ndarray, expected, edges, factor) -> np.ndarray:
@@ -91,6 +92,22 @@ def smooth_plainly(divided: np.ndarray, stack: np.ndarray, sampling_mm: tuple[fl
     return np.where(brain, mapped / find_median(mapped[brain]), np.nan)
 
 
+def sharpen_plainly(mapped: np.ndarray, stack: np.ndarray, drawn: np.ndarray, threshold: float) -> np.ndarray:
+    """The map with the surroundings of what its regions show lowered, down to just below the threshold."""
+    sharpened = mapped.copy()
+    parts, count = ndimage.label(np.nan_to_num(mapped) >= threshold)
+    for part in range(1, count + 1):
+        values, intensity = mapped[parts == part], stack[parts == part].astype(np.float64)
+        highest = values.max()
+        core = values >= 0.5 * highest
+        contrast = np.mean((intensity[core] - drawn[parts == part][core].mean()) ** 2)
+        values = values / (1 + (intensity - intensity[core].mean()) ** 2 / contrast)
+        bent = threshold + (values - threshold) ** 2 / (0.4 * highest - threshold)
+        values = np.where(values < 0.4 * highest, np.where(values < threshold, 0.99 * threshold, bent), values)
+        sharpened[parts == part] = np.where(values < threshold, 0.99 * threshold, values)
+    return sharpened
+
+
 def average_cells(values: np.ndarray) -> np.ndarray:
     """(n, H / 2, W / 2) means of cells of 2x2 pixels."""
     slices, height, width = values.shape
@@ -120,6 +137,7 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
         mapped = divide_plainly(compared[i], brains[i], expected[i], edges, factor)
         maps.append(smooth_plainly(mapped, stack, sampling_mm))
     threshold = np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998)
+    maps = [sharpen_plainly(mapped, *scan[:2], threshold) for mapped, scan in zip(maps, scans, strict=True)]
     masses = [find_largest_mass(mapped, threshold, scan[2]) for mapped, scan in zip(maps, scans, strict=True)]
     return {
         "expected_residual": expect_at_place([parts[0] for parts in compared]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from models.anomaly import compute_residual, map_anomalies, score_mse, score_scan, score_slices
+from models.anomaly import compute_residual, map_anomalies, score_mse, score_scan, score_slices, sharpen_regions
 from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from tests.reference import compare_plainly, make_scan, map_plainly
 
@@ -13,7 +13,7 @@ FAR_MM = 1000.0  # slices so far apart do not blur into each other
 
 
 def make_calibration(expected=1.0, edges=None, factor=1.0, size=32) -> Calibration:
-    """A calibration by hand; numbers stand for arrays full of them."""
+    """A calibration by hand; numbers stand for arrays full of them. Nothing of a map is as high as its threshold."""
     return Calibration(
         expected_residual=torch.tensor(np.full((2, LEVELS, size, size), 1.0) * expected).float(),
         texture_edges=torch.zeros(2, TEXTURE_BINS - 1) if edges is None else torch.tensor(edges).float(),
@@ -21,7 +21,7 @@ def make_calibration(expected=1.0, edges=None, factor=1.0, size=32) -> Calibrati
         intensity=torch.zeros(2, LEVELS, size, size),
         scan_scores=torch.zeros(1),
         slice_scores=torch.zeros(1),
-        voxel_threshold=5.0,
+        voxel_threshold=np.inf,
         median_residuals=torch.zeros(1),
         region_masses=torch.zeros(1),
     )
@@ -272,6 +272,52 @@ def test_the_map_fills_a_lesion_up_to_its_edges():
     mapped = make_map(stack, drawn, (FAR_MM, 1.5), make_calibration(size=64))[1]
     assert mapped[32, 20] > 4 * mapped[32, 19]
     assert mapped[32, 39] > 8 * mapped[32, 40]
+
+
+def sharpen(values, stack, drawn, threshold=5.0):
+    """The sharpened map of one row of pixels; numbers stand for rows full of them."""
+    row = np.ones((1, 1, len(values)), np.float32)
+    mapped = sharpen_regions(*as_tensors(row * np.float32(values), row * np.float32(stack), row * drawn), threshold)
+    assert mapped.dtype == torch.float32
+    return mapped[0, 0].numpy()
+
+
+def test_a_pixel_of_a_region_counts_as_far_as_it_looks_like_the_core():
+    """The core (from 50 on) has 0.3 and 0.5 where 0.7 is drawn: its mean is 0.4, its mean square contrast 0.1."""
+    values = sharpen([1, 60, 100, 50, 49, 80], [0.9, 0.4, 0.3, 0.5, 0.7, 0.4], 0.7, threshold=48)
+    contrast = (0.4**2 + 2 * 0.3**2 + 0.2**2) / 4
+    np.testing.assert_allclose(values[1:4], [60, 100 / (1 + 0.1**2 / contrast), 48 * 0.99], rtol=1e-5)
+    np.testing.assert_allclose(values[[0, 4, 5]], [1, 48 * 0.99, 80], rtol=1e-5)
+
+
+def test_a_pixel_that_differs_as_much_as_the_core_does_counts_half():
+    values = sharpen([100, 90], [0.3, 0.3], 0.7)
+    np.testing.assert_allclose(values, [100, 90], rtol=1e-3)
+    values = sharpen([100, 49], [0.3, 0.7], 0.7)
+    assert values[1] == pytest.approx(5 + (49 / 2 - 5) ** 2 / (40 - 5), rel=1e-3)
+
+
+def test_what_is_low_in_a_region_is_bent_towards_the_threshold():
+    """Of 100: nothing changes from 40 on; below, the square of the share of the way from the threshold is left."""
+    values = sharpen([100, 41, 40, 22.5, 5, 4.9], 0.4, 0.8)
+    np.testing.assert_allclose(values, [100, 41, 40, 5 + 17.5 / 2, 5, np.float32(4.9)], rtol=1e-4)
+    np.testing.assert_allclose(sharpen([12, 6, 5.1], 0.4, 0.8), [12, 6, 5.1], rtol=1e-4), "0.4 of 12 is no halo"
+
+
+def test_each_region_has_a_core_of_its_own():
+    """A dark one and a bright one, between them what belongs to none: it stays, and what is no brain stays NaN."""
+    values = sharpen([np.nan, 9, 90, 4, 60, 30, 4.99], [0, 0.3, 0.3, 0.3, 0.9, 0.9, 0.3], 0.6)
+    wanted = [np.nan, 5 + 4**2 / (36 - 5), 90, 4, 60, 30, 4.99]
+    np.testing.assert_allclose(values, wanted, rtol=1e-4)
+    assert np.isnan(sharpen([np.nan, np.nan], 0.0, 0.0)).all()
+
+
+def test_regions_touch_over_faces_of_slices_and_pixels():
+    values = np.ones((2, 2, 2), np.float32)
+    values[0, 0, 0], values[1, 0, 0], values[1, 1, 1] = 100, 20, 20
+    sharpened = sharpen_regions(*as_tensors(values, values * 0 + 0.3, values * 0 + 0.6), 5.0).numpy()
+    assert sharpened[1, 0, 0] == pytest.approx(5 + 15**2 / 35, rel=1e-4), "a slice above"
+    assert sharpened[1, 1, 1] == 20, "over an edge"
 
 
 def test_a_planted_lesion_stands_out_of_its_surroundings():

@@ -22,7 +22,7 @@ def make_map() -> np.ndarray:
     """(4, 5, 6) with values below, at and above 3, beside a peak of 60, and NaN."""
     anomaly = np.ones((4, 5, 6), dtype=np.float32)
     anomaly[0, 0, :3] = 2.999, 3.0, 7.5
-    anomaly[1, 4, 3:5] = 60, 8.9
+    anomaly[1, 4, 3:5] = 60, 5.9
     anomaly[3] = np.nan
     return anomaly
 
@@ -120,7 +120,7 @@ def test_bids_maps_have_sidecars(tmp_path):
         assert (sidecar["Sources"], sidecar["Label"]) == (["bids:raw:one.nii.gz"], "abnormal")
         assert (sidecar["Score"], sidecar["PValue"]) == (5.0, 0.1)
         assert sidecar["Description"]
-    assert (mask["Type"], mask["Threshold"], mask["ShareOfPeak"]) == ("Lesion", 3.0, 0.2)
+    assert (mask["Type"], mask["Threshold"], mask["ShareOfPeak"]) == ("Lesion", 3.0, 0.1)
     assert statmap["Units"].startswith("times the scan's")
 
 

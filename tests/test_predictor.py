@@ -122,12 +122,12 @@ def test_p_values_come_from_healthy_scans_and_healthy_slices(predictor, predicti
 
 def test_a_prediction_lies_on_the_scans_own_grid(tmp_path):
     scan = make_scan()
-    predictor = make_predictor(tmp_path, make_calibration(voxel_threshold=1.125), {"smallest_ml": 1.0})
+    predictor = make_predictor(tmp_path, make_calibration(voxel_threshold=1.0625), {"smallest_ml": 0.5})
     found = predictor.predict(scan, baselines=False)
     np.testing.assert_array_equal(found.native_map, scan.geometry.restore(found.anomaly))
     np.testing.assert_array_equal(found.affine, np.diag([4, 4, 3, 1]))
-    assert found.threshold == predictor.calibration.voxel_threshold == 1.125
-    listed, numbers = list_regions(found.native_map, found.affine, 1.125, 1.0)
+    assert found.threshold == predictor.calibration.voxel_threshold == 1.0625
+    listed, numbers = list_regions(found.native_map, found.affine, 1.0625, 0.5)
     np.testing.assert_array_equal(found.native_numbers, numbers)
     masses = [region.pop("mass") for region in listed]
     p_values = predictor.calibration.p_values_of_regions(masses)

@@ -115,7 +115,7 @@ def test_a_slice_with_ten_lesion_voxels_counts_as_abnormal():
 
 def test_lesions_are_compared_with_what_is_marked():
     made = make_prediction()
-    made.anomaly[4, 42, 22] = 80.0  # the lesion's others have 8, a tenth, and the threshold is 4
+    made.anomaly[4, 42, 22] = 160.0  # the lesion's others have 8, a twentieth, and the threshold is 4
     result = ScanResult.of(made)
     assert result.marked == [1, 1, 48]
     assert result.lesions[0]["covered"] == pytest.approx(1 / 48)
