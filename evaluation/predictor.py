@@ -21,7 +21,7 @@ from models.anomaly import (
     score_mse,
     score_scan,
     score_slices,
-    sharpen_regions,
+    sharpen_map,
     smooth_map,
 )
 from models.baselines import map_brightness, map_deviation
@@ -162,7 +162,7 @@ class Predictor:
         divided = self.calibration.divide(residual, brain)
         smoothed, threshold = smooth_map(divided, stack, sampling_mm), self.calibration.voxel_threshold
         maps = {
-            "score": sharpen_regions(smoothed, stack, reconstruction, threshold),
+            "score": sharpen_map(smoothed, stack, reconstruction, sampling_mm, threshold),
             "mse": torch.where(brain, (stack.float() - reconstruction) ** 2, torch.nan),
         }
         if not maps["score"][brain].isfinite().all():

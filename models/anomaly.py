@@ -5,7 +5,7 @@
     anomaly map  |residual| / expected residual, smoothed again, because lesions are connected and noise is not, but
                  not across edges of the slice, where lesions end; in units of the scan's median. What is expected of
                  healthy scans depends on the residual's sign, on the place and on the texture of the reconstruction
-                 there (models/calibration.py). In a region that stands out, what does not look like its core is lowered
+                 there (models/calibration.py). Where it stands out, what does not look like its core is lowered
     score        of a slice, the mean over the worst share of its brain; of a scan, the same over its stack
 
 The division by the scan's own median makes scans of different noise and contrast comparable: 10 is ten times what is
@@ -33,9 +33,8 @@ SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in a
 WINDOW_MM = 3.0  # standard deviation of the Gaussian windows in which the map follows the slice
 EDGE_CELL = 2  # pixels along each side of the cells over which it is estimated
 EDGE = 0.03  # contrast in a window, as a standard deviation of [0, 1], above which it is an edge
-CORE = 0.5  # share of a region's highest anomaly from which on a pixel is of its core
-HALO = 0.4  # share of it below which a pixel may be healthy tissue that the smoothing reached
-JUST_BELOW = 0.99  # of the threshold: not marked, but above what is lower
+CORE_MM = 10.0  # standard deviation of the Gaussian window in which what stands out is compared with its core
+HALO = 0.4  # share of the core's anomaly below which a pixel may be healthy tissue that the smoothing reached
 SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is subtracted from the residual
 SHADING_LIMIT = 4.0  # medians of |residual|; larger values are clipped, or large lesions would count as shading
 SHADING_CELL = 4  # pixels along each side of the cells over which the shading is estimated
@@ -115,7 +114,8 @@ def map_anomalies(
 ) -> torch.Tensor:
     """The anomaly map (n, H, W), float32, in units of the scan's median; NaN outside the brain."""
     divided = calibration.divide(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
-    return sharpen_regions(smooth_map(divided, stack, sampling_mm), stack, reconstruction, calibration.voxel_threshold)
+    smoothed = smooth_map(divided, stack, sampling_mm)
+    return sharpen_map(smoothed, stack, reconstruction, sampling_mm, calibration.voxel_threshold)
 
 
 def smooth_map(divided: torch.Tensor, stack: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
@@ -141,36 +141,33 @@ def smooth_map(divided: torch.Tensor, stack: torch.Tensor, sampling_mm: tuple[fl
     return torch.where(brain, smoothed / max(find_median(smoothed[brain]), 1e-6), torch.nan)
 
 
-def sharpen_regions(
-    anomaly: torch.Tensor, stack: torch.Tensor, reconstruction: torch.Tensor, threshold: float
+def sharpen_map(
+    smoothed: torch.Tensor,
+    stack: torch.Tensor,
+    reconstruction: torch.Tensor,
+    sampling_mm: tuple[float, float],
+    threshold: float,
 ) -> torch.Tensor:
-    """A smoothed map (n, H, W) with its regions, connected over faces at or above the threshold, nearer to lesions.
+    """The smoothed map (n, H, W) with less of the healthy tissue in what stands out, which is at or above threshold.
 
-    Smoothing spreads a lesion over the healthy tissue next to it. So a pixel of a region is weighted by its intensity:
-    by 1 where it is the mean of the region's core, by half where it differs from that as much as the core from its
-    reconstruction (root mean square; Cauchy's weights of robust statistics). Then values below HALO of the highest are
-    bent down: the surroundings of a strong lesion shall not count more than a weak lesion. What falls below the
-    threshold stays just under it, above what never reached it. Other pixels are unchanged; NaN outside the brain.
+    Smoothing spreads a lesion over the tissue next to it. So a pixel that stands out is compared with the core around
+    it: what stands out within CORE_MM, weighted by the square of the map. It counts whole where its intensity is the
+    core's, and half where it differs from that as much as the core differs from its reconstruction (root mean square;
+    Cauchy's weights of robust statistics). What is then below HALO of the core is bent down, for the surroundings of a
+    strong lesion shall not count more than a weak lesion. Other pixels are unchanged, NaN outside the brain.
     """
-    labels, count = ndimage.label((anomaly >= threshold).cpu().numpy())  # NaN is not
-    labels = torch.from_numpy(labels).to(anomaly.device, torch.int64).flatten()
-    places = labels.nonzero()[:, 0]
-    region = labels[places] - 1
-    values, intensity, drawn = (part.flatten()[places].double() for part in (anomaly, stack, reconstruction))
-    peaks = values.new_zeros(count).scatter_reduce(0, region, values, "amax")[region]
-    core = (values >= CORE * peaks).double()
-    pixels = torch.bincount(region, core, count)
-
-    def average_core(numbers: torch.Tensor) -> torch.Tensor:
-        return (torch.bincount(region, core * numbers, count) / pixels)[region]
-
-    contrast = average_core((intensity - average_core(drawn)) ** 2) + 1e-6
-    weights = contrast / (contrast + (intensity - average_core(intensity)) ** 2)
-    above, room = values * weights - threshold, HALO * peaks - threshold
-    bent = torch.where(above < room, above * above / room, above)
-    sharpened = anomaly.clone()
-    sharpened.view(-1)[places] = torch.where(above >= 0, threshold + bent, JUST_BELOW * threshold).to(anomaly.dtype)
-    return sharpened
+    stack, out = stack.float(), smoothed >= threshold  # NaN is not
+    weights = torch.where(out, smoothed**2, 0)
+    parts = weights * torch.stack(
+        [torch.ones_like(stack), smoothed.nan_to_num(0), stack, reconstruction, stack * stack]
+    )
+    total, *parts = smooth(parts, CORE_MM, sampling_mm)
+    level, intensity, drawn, squares = (part / total.clamp(min=1e-6) for part in parts)
+    contrast = (squares - 2 * drawn * intensity + drawn * drawn).clamp(min=1e-6)
+    above = smoothed * contrast / (contrast + (stack - intensity) ** 2) - threshold
+    room = HALO * level - threshold
+    bent = torch.where((above > 0) & (above < room), above * above / room, above)
+    return torch.where(out, threshold + bent, smoothed)
 
 
 def score_mse(stack: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from models.calibration import Calibration
 
 SMOOTHING_MM, SHADING_MM, SHADING_LIMIT = 2.0, 20.0, 4.0
 WINDOW_MM, EDGE, EDGE_CELL = 3.0, 0.03, 2
+CORE_MM, HALO = 10.0, 0.4
 LEVELS, TEXTURE_BINS = 16, 12
 Scan = tuple[np.ndarray, np.ndarray, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
@@ -59,7 +60,7 @@ def map_plainly(
     expected, edges, factor = (getattr(calibration, name).numpy() for name in names)
     compared = compare_plainly(stack, reconstruction, sampling_mm)
     mapped = smooth_plainly(divide_plainly(compared, stack > 0, expected, edges, factor), stack, sampling_mm)
-    return sharpen_plainly(mapped, stack, reconstruction, calibration.voxel_threshold)
+    return sharpen_plainly(mapped, stack, reconstruction, sampling_mm, calibration.voxel_threshold)
 
 
 def divide_plainly(compared: tuple, brain: np.ndarray, expected, edges, factor) -> np.ndarray:
@@ -92,20 +93,23 @@ def smooth_plainly(divided: np.ndarray, stack: np.ndarray, sampling_mm: tuple[fl
     return np.where(brain, mapped / find_median(mapped[brain]), np.nan)
 
 
-def sharpen_plainly(mapped: np.ndarray, stack: np.ndarray, drawn: np.ndarray, threshold: float) -> np.ndarray:
-    """The map with the surroundings of what its regions show lowered, down to just below the threshold."""
-    sharpened = mapped.copy()
-    parts, count = ndimage.label(np.nan_to_num(mapped) >= threshold)
-    for part in range(1, count + 1):
-        values, intensity = mapped[parts == part], stack[parts == part].astype(np.float64)
-        highest = values.max()
-        core = values >= 0.5 * highest
-        contrast = np.mean((intensity[core] - drawn[parts == part][core].mean()) ** 2)
-        values = values / (1 + (intensity - intensity[core].mean()) ** 2 / contrast)
-        bent = threshold + (values - threshold) ** 2 / (0.4 * highest - threshold)
-        values = np.where(values < 0.4 * highest, np.where(values < threshold, 0.99 * threshold, bent), values)
-        sharpened[parts == part] = np.where(values < threshold, 0.99 * threshold, values)
-    return sharpened
+def sharpen_plainly(
+    mapped: np.ndarray, stack: np.ndarray, drawn: np.ndarray, sampling_mm: tuple[float, float], threshold: float
+) -> np.ndarray:
+    """The map with what stands out compared with its core, which is what stands out within 10 mm."""
+    places = np.nan_to_num(mapped) >= threshold
+    values, stack, drawn = np.nan_to_num(mapped), stack.astype(np.float64), drawn.astype(np.float64)
+
+    def average(what: np.ndarray) -> np.ndarray:
+        weights = places * values**2
+        return smooth(weights * what, CORE_MM, sampling_mm) / np.maximum(smooth(weights, CORE_MM, sampling_mm), 1e-6)
+
+    contrast = average(stack**2) - 2 * average(drawn) * average(stack) + average(drawn) ** 2
+    weighted = values / (1 + (stack - average(stack)) ** 2 / np.maximum(contrast, 1e-6))
+    halo = HALO * average(values)
+    low = (threshold < weighted) & (weighted < halo)
+    bent = np.where(low, threshold + (weighted - threshold) ** 2 / np.where(low, halo - threshold, 1), weighted)
+    return np.where(places, bent, mapped)
 
 
 def average_cells(values: np.ndarray) -> np.ndarray:
@@ -137,7 +141,7 @@ def calibrate_plainly(scans: list[Scan]) -> dict:
         mapped = divide_plainly(compared[i], brains[i], expected[i], edges, factor)
         maps.append(smooth_plainly(mapped, stack, sampling_mm))
     threshold = np.quantile([np.nanquantile(mapped, np.linspace(0, 1, 10001)) for mapped in maps], 0.998)
-    maps = [sharpen_plainly(mapped, *scan[:2], threshold) for mapped, scan in zip(maps, scans, strict=True)]
+    maps = [sharpen_plainly(mapped, *scan, threshold) for mapped, scan in zip(maps, scans, strict=True)]
     masses = [find_largest_mass(mapped, threshold, scan[2]) for mapped, scan in zip(maps, scans, strict=True)]
     return {
         "expected_residual": expect_at_place([parts[0] for parts in compared]),

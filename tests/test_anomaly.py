@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from models.anomaly import compute_residual, map_anomalies, score_mse, score_scan, score_slices, sharpen_regions
+from models.anomaly import compute_residual, map_anomalies, score_mse, score_scan, score_slices, sharpen_map
 from models.calibration import LEVELS, TEXTURE_BINS, Calibration
 from tests.reference import compare_plainly, make_scan, map_plainly
 
@@ -274,50 +274,55 @@ def test_the_map_fills_a_lesion_up_to_its_edges():
     assert mapped[32, 39] > 8 * mapped[32, 40]
 
 
-def sharpen(values, stack, drawn, threshold=5.0):
-    """The sharpened map of one row of pixels; numbers stand for rows full of them."""
+def sharpen(values, stack, drawn, threshold=5.0, pixel_mm=1e-3):
+    """The sharpened map of a row of pixels that have one core, being so near; numbers stand for rows full of them."""
     row = np.ones((1, 1, len(values)), np.float32)
-    mapped = sharpen_regions(*as_tensors(row * np.float32(values), row * np.float32(stack), row * drawn), threshold)
-    assert mapped.dtype == torch.float32
-    return mapped[0, 0].numpy()
+    parts = as_tensors(*(row * np.float32(part) for part in (values, stack, drawn)))
+    sharpened = sharpen_map(*parts, (FAR_MM, pixel_mm), threshold)
+    assert sharpened.dtype == torch.float32
+    return sharpened[0, 0].numpy()
 
 
-def test_a_pixel_of_a_region_counts_as_far_as_it_looks_like_the_core():
-    """The core (from 50 on) has 0.3 and 0.5 where 0.7 is drawn: its mean is 0.4, its mean square contrast 0.1."""
-    values = sharpen([1, 60, 100, 50, 49, 80], [0.9, 0.4, 0.3, 0.5, 0.7, 0.4], 0.7, threshold=48)
-    contrast = (0.4**2 + 2 * 0.3**2 + 0.2**2) / 4
-    np.testing.assert_allclose(values[1:4], [60, 100 / (1 + 0.1**2 / contrast), 48 * 0.99], rtol=1e-5)
-    np.testing.assert_allclose(values[[0, 4, 5]], [1, 48 * 0.99, 80], rtol=1e-5)
+def test_what_stands_out_counts_as_far_as_it_looks_like_its_core():
+    """Which is weighted by the square of the map: here 0.3 twice as high as 0.6 and 0.7, where 0.7 is drawn."""
+    values = sharpen([1, 100, 100, 50, 50, np.nan], [0.9, 0.3, 0.3, 0.6, 0.7, 0], 0.7, threshold=40)
+    weights = np.array([1, 1, 0.25, 0.25]) / 2.5
+    stack = np.array([0.3, 0.3, 0.6, 0.7])
+    core, contrast = (weights * stack).sum(), (weights * (stack - 0.7) ** 2).sum()
+    np.testing.assert_allclose(values[1:5], [100, 100, 50, 50] / (1 + (stack - core) ** 2 / contrast), rtol=1e-4)
+    assert values[0] == 1
+    assert np.isnan(values[5])
 
 
-def test_a_pixel_that_differs_as_much_as_the_core_does_counts_half():
-    values = sharpen([100, 90], [0.3, 0.3], 0.7)
-    np.testing.assert_allclose(values, [100, 90], rtol=1e-3)
-    values = sharpen([100, 49], [0.3, 0.7], 0.7)
-    assert values[1] == pytest.approx(5 + (49 / 2 - 5) ** 2 / (40 - 5), rel=1e-3)
+def test_what_differs_from_its_core_as_much_as_that_from_what_is_drawn_counts_half():
+    values = sharpen([1000, 100], [0.3, 0.7], 0.7, threshold=45)
+    assert values[1] == pytest.approx(45 + (100 / 2 - 45) ** 2 / (0.4 * 1e3 - 45), rel=0.02)
+    assert sharpen([1000, 80], [0.3, 0.7], 0.7, threshold=45)[1] == pytest.approx(40, rel=0.02), "below the threshold"
 
 
-def test_what_is_low_in_a_region_is_bent_towards_the_threshold():
-    """Of 100: nothing changes from 40 on; below, the square of the share of the way from the threshold is left."""
-    values = sharpen([100, 41, 40, 22.5, 5, 4.9], 0.4, 0.8)
-    np.testing.assert_allclose(values, [100, 41, 40, 5 + 17.5 / 2, 5, np.float32(4.9)], rtol=1e-4)
+def test_what_is_low_beside_its_core_is_bent_towards_the_threshold():
+    """From 0.4 of the core on nothing changes; below, the square of the share of the way from the threshold is left."""
+    values = sharpen([1000, 1000, 401, 200, 5, 4.9], 0.4, 0.8)
+    core = (2 * 1e9 + 401**3 + 200**3 + 5**3) / (2 * 1e6 + 401**2 + 200**2 + 5**2)
+    assert 0.4 * core < 401
+    wanted = [1000, 1000, 401, 5 + 195**2 / (0.4 * core - 5), 5, 4.9]
+    np.testing.assert_allclose(values, wanted, rtol=1e-4)
     np.testing.assert_allclose(sharpen([12, 6, 5.1], 0.4, 0.8), [12, 6, 5.1], rtol=1e-4), "0.4 of 12 is no halo"
 
 
-def test_each_region_has_a_core_of_its_own():
-    """A dark one and a bright one, between them what belongs to none: it stays, and what is no brain stays NaN."""
-    values = sharpen([np.nan, 9, 90, 4, 60, 30, 4.99], [0, 0.3, 0.3, 0.3, 0.9, 0.9, 0.3], 0.6)
-    wanted = [np.nan, 5 + 4**2 / (36 - 5), 90, 4, 60, 30, 4.99]
-    np.testing.assert_allclose(values, wanted, rtol=1e-4)
+def test_the_core_is_what_stands_out_within_10_mm():
+    """30 mm away from a strong dark lesion a weak bright one has its own; what does not stand out is of no core."""
+    values = np.full(61, 4.9, np.float32)
+    stack = np.full(61, 0.5, np.float32)
+    values[5], values[35], stack[5], stack[35] = 1000, 10, 0.2, 0.8
+    apart = sharpen(values, stack, 0.5, pixel_mm=3.0)
+    np.testing.assert_allclose(apart[[5, 35]], [1000, 10], rtol=1e-3)
+    near = sharpen(values, stack, 0.5, pixel_mm=1.0)
+    seen = np.exp(-0.5 * 3**2) * 1e4  # the strong one's weight at the weak one, whose own is 1
+    core, contrast = (0.2 * seen + 0.8) / (seen + 1), 0.3**2
+    assert near[35] == pytest.approx(10 / (1 + (0.8 - core) ** 2 / contrast), rel=0.01)
+    np.testing.assert_array_equal(np.delete(near, [5, 35]), np.delete(values, [5, 35]))
     assert np.isnan(sharpen([np.nan, np.nan], 0.0, 0.0)).all()
-
-
-def test_regions_touch_over_faces_of_slices_and_pixels():
-    values = np.ones((2, 2, 2), np.float32)
-    values[0, 0, 0], values[1, 0, 0], values[1, 1, 1] = 100, 20, 20
-    sharpened = sharpen_regions(*as_tensors(values, values * 0 + 0.3, values * 0 + 0.6), 5.0).numpy()
-    assert sharpened[1, 0, 0] == pytest.approx(5 + 15**2 / 35, rel=1e-4), "a slice above"
-    assert sharpened[1, 1, 1] == 20, "over an edge"
 
 
 def test_a_planted_lesion_stands_out_of_its_surroundings():

@@ -102,7 +102,7 @@ def test_what_is_left_of_a_scan_agrees(folder, capsys):
 
 
 def test_regions_are_printed_the_ten_largest_first(folder, capsys):
-    calibrate(folder, [0.0] * 39, voxel_threshold=1.3125, region_masses=torch.zeros(39))
+    calibrate(folder, [0.0] * 39, voxel_threshold=1.2, region_masses=torch.zeros(39))
     regions = run_json(folder, capsys, "--smallest-ml", "0")["scans"][0]["regions"]
     assert len(regions) > 10
     assert run_scan(folder, "--smallest-ml", "0") == 0
