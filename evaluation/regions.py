@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 COMMON = 0.2  # what a larger share of healthy scans shows is not worth a look
-EXTENT = 0.1  # of its highest anomaly, down to which a region is marked
+EXTENT = 0.125  # of its highest anomaly, down to which a region is marked
 MIDLINE_MM = 5.0  # a region whose centre is nearer to the middle of the brain is on neither side
 
 

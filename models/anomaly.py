@@ -34,6 +34,7 @@ WINDOW_MM = 3.0  # standard deviation of the Gaussian windows in which the map f
 EDGE_CELL = 2  # pixels along each side of the cells over which it is estimated
 EDGE = 0.03  # contrast in a window, as a standard deviation of [0, 1], above which it is an edge
 CORE_MM = 10.0  # standard deviation of the Gaussian window in which what stands out is compared with its core
+NOTABLE = 0.5  # share of the voxel threshold from which on the map is compared with its core
 HALO = 0.4  # share of the core's anomaly below which a pixel may be healthy tissue that the smoothing reached
 SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is subtracted from the residual
 SHADING_LIMIT = 4.0  # medians of |residual|; larger values are clipped, or large lesions would count as shading
@@ -148,7 +149,7 @@ def sharpen_map(
     sampling_mm: tuple[float, float],
     threshold: float,
 ) -> torch.Tensor:
-    """The smoothed map (n, H, W) with less of the healthy tissue in what stands out, which is at or above threshold.
+    """The smoothed map (n, H, W) with less of the healthy tissue in what stands out: from NOTABLE of the threshold on.
 
     Smoothing spreads a lesion over the tissue next to it. So a pixel that stands out is compared with the core around
     it: what stands out within CORE_MM, weighted by the square of the map. It counts whole where its intensity is the
@@ -156,7 +157,7 @@ def sharpen_map(
     Cauchy's weights of robust statistics). What is then below HALO of the core is bent down, for the surroundings of a
     strong lesion shall not count more than a weak lesion. Other pixels are unchanged, NaN outside the brain.
     """
-    stack, out = stack.float(), smoothed >= threshold  # NaN is not
+    stack, out = stack.float(), smoothed >= NOTABLE * threshold  # NaN is not
     weights = torch.where(out, smoothed**2, 0)
     parts = weights * torch.stack(
         [torch.ones_like(stack), smoothed.nan_to_num(0), stack, reconstruction, stack * stack]

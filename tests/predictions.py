@@ -84,11 +84,11 @@ def restore_map(made: Prediction, native_map: np.ndarray | None = None) -> Predi
 
 
 def mark(anomaly: np.ndarray, threshold: float) -> np.ndarray:
-    """Where a map is marked, bool: what is connected at or above the threshold, down to a tenth of its highest."""
+    """Where a map is marked, bool: what is connected at or above the threshold, down to an eighth of its highest."""
     parts, count = ndimage.label(np.nan_to_num(anomaly) >= threshold)
     marked = np.zeros(anomaly.shape, bool)
     for part in range(1, count + 1):
-        marked |= (parts == part) & (anomaly >= 0.1 * anomaly[parts == part].max())
+        marked |= (parts == part) & (anomaly >= 0.125 * anomaly[parts == part].max())
     return marked
 
 
@@ -152,5 +152,7 @@ def write_untrained_run(folder: Path, processed: Path) -> Path:
     for scan in scans:
         stack, sampling_mm = torch.from_numpy(scan.read_stack()), scan.geometry.sampling_mm
         compared.append((stack, reconstruct(model, stack, sampling_mm[0]), sampling_mm))
-    write_model(folder / "model.pt", Calibration.fit(compared), slices=settings, seen=seen)
+    calibration = Calibration.fit(compared)
+    low = replace(calibration, voxel_threshold=0.7 * calibration.voxel_threshold)  # such a model marks nothing else
+    write_model(folder / "model.pt", low, slices=settings, seen=seen)
     return folder

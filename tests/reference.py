@@ -97,7 +97,7 @@ def sharpen_plainly(
     mapped: np.ndarray, stack: np.ndarray, drawn: np.ndarray, sampling_mm: tuple[float, float], threshold: float
 ) -> np.ndarray:
     """The map with what stands out compared with its core, which is what stands out within 10 mm."""
-    places = np.nan_to_num(mapped) >= threshold
+    places = np.nan_to_num(mapped) >= threshold / 2
     values, stack, drawn = np.nan_to_num(mapped), stack.astype(np.float64), drawn.astype(np.float64)
 
     def average(what: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ def test_bids_maps_have_sidecars(tmp_path):
         assert (sidecar["Sources"], sidecar["Label"]) == (["bids:raw:one.nii.gz"], "abnormal")
         assert (sidecar["Score"], sidecar["PValue"]) == (5.0, 0.1)
         assert sidecar["Description"]
-    assert (mask["Type"], mask["Threshold"], mask["ShareOfPeak"]) == ("Lesion", 3.0, 0.1)
+    assert (mask["Type"], mask["Threshold"], mask["ShareOfPeak"]) == ("Lesion", 3.0, 0.125)
     assert statmap["Units"].startswith("times the scan's")
 
 

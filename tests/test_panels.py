@@ -135,14 +135,14 @@ def test_the_border_is_drawn_where_the_map_crosses_the_threshold():
 @pytest.mark.parametrize("draw", ["panels", "montage"])
 def test_the_border_of_a_strong_region_is_drawn_at_a_share_of_its_peak(draw):
     made = make_prediction()
-    made.anomaly[4, 42, 22] = 160.0  # its slice's others, of 8, are below 16; those of the next slice too
+    made.anomaly[4, 42, 22] = 160.0  # its slice's others, of 8, are below 20; those of the next slice too
     if draw == "panels":
         axis = find_pictures(draw_panels(made, [4], "title"))[3]
     else:
         axis, _ = draw_canvas(made)
     (points,) = find_outlines(axis, WHITE)
-    # from 8 to 160, 16 is crossed a nineteenth of a pixel on
-    assert np.ptp(points, axis=0) == pytest.approx([2 - 2 / 19] * 2, abs=1e-4)
+    # from 8 to 160, 20 is crossed 3/38 of a pixel on
+    assert np.ptp(points, axis=0) == pytest.approx([2 - 6 / 38] * 2, abs=1e-4)
 
 
 def test_panels_have_a_row_a_slice_in_the_order_asked_for():

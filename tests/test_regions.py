@@ -122,12 +122,12 @@ def test_regions_are_numbered_from_the_largest_on_and_know_where_they_are_highes
 
 
 def test_a_region_ends_at_a_share_of_its_peak_and_its_mass_does_not():
-    anomaly = make_map((np.s_[3:14, 10, 10], 6), (np.s_[5:8, 10, 10], 10), (np.s_[6, 10, 10], 100), (np.s_[6, 4, 4], 6))
-    anomaly[5, 10, 10] = 9.9  # the limit is 10
+    anomaly = make_map((np.s_[3:14, 10, 10], 6), (np.s_[5:8, 10, 10], 13), (np.s_[6, 10, 10], 104), (np.s_[6, 4, 4], 6))
+    anomaly[5, 10, 10] = 12.9  # the limit is 13
     strong, weak = find(anomaly)
     assert strong["volume_ml"] == pytest.approx(2 * 0.012)
-    assert strong["mean"] == pytest.approx((100 + 10) / 2)
-    assert strong["mass"] == pytest.approx((100 + 10 + 9.9 + 8 * 6) * 0.012), "of all that is above the threshold"
+    assert strong["mean"] == pytest.approx((104 + 13) / 2)
+    assert strong["mass"] == pytest.approx((104 + 13 + 12.9 + 8 * 6) * 0.012), "of all that is above the threshold"
     assert (weak["volume_ml"], weak["mass"]) == (pytest.approx(0.012), pytest.approx(6 * 0.012)), "at the threshold"
     _, numbers = list_regions(anomaly, AFFINE, 5.0, 0.0)
     wanted = np.zeros(anomaly.shape, int)
@@ -137,10 +137,10 @@ def test_a_region_ends_at_a_share_of_its_peak_and_its_mass_does_not():
 
 
 def test_limits_are_the_threshold_outside_of_regions_and_a_share_of_the_peak_within():
-    anomaly = make_map((np.s_[3:6, 10, 10], 6), (np.s_[3, 10, 10], 100), (np.s_[9, 9, 9], 6))
+    anomaly = make_map((np.s_[3:6, 10, 10], 6), (np.s_[3, 10, 10], 104), (np.s_[9, 9, 9], 6))
     regions, limits = find_regions(anomaly, 5.0)
     assert [regions[place] for place in ((4, 10, 10), (9, 9, 9), (8, 8, 8), (0, 0, 0))] == [1, 2, 0, 0]
-    assert [limits[place] for place in ((4, 10, 10), (9, 9, 9), (8, 8, 8), (0, 0, 0))] == [10, 5, 5, 5]
+    assert [limits[place] for place in ((4, 10, 10), (9, 9, 9), (8, 8, 8), (0, 0, 0))] == [13, 5, 5, 5]
 
 
 def test_nothing_is_marked_where_nothing_reaches_the_threshold():

@@ -238,7 +238,7 @@ def test_the_page_says_what_its_words_mean_and_where_it_comes_from(tmp_path):
     for words in (
         "threshold an anomaly of 4: 0.2 % of the brains of 35 healthy validation scans lie above it",
         "the least possible is 1/36 = 0.028; a scan is flagged where p ≤ 0.05",
-        "it is marked down to 10 % of its highest anomaly",
+        "it is marked down to 12.5 % of its highest anomaly",
         "found a lesion is found if at least 10 % of it is marked",
         "the middle 70 % of the axial slices are scored; 7.9 % of the brain's voxels lie outside them (mean of 5 "
         "scans), and so do 2 lesions, which count as missed",
