@@ -157,18 +157,20 @@ def sharpen_map(
     Cauchy's weights of robust statistics). What is then below HALO of the core is bent down, for the surroundings of a
     strong lesion shall not count more than a weak lesion. Other pixels are unchanged, NaN outside the brain.
     """
-    stack, out = stack.float(), smoothed >= NOTABLE * threshold  # NaN is not
-    weights = torch.where(out, smoothed**2, 0)
-    parts = weights * torch.stack(
-        [torch.ones_like(stack), smoothed.nan_to_num(0), stack, reconstruction, stack * stack]
-    )
-    total, *parts = smooth(parts, CORE_MM, sampling_mm)
-    level, intensity, drawn, squares = (part / total.clamp(min=1e-6) for part in parts)
-    contrast = (squares - 2 * drawn * intensity + drawn * drawn).clamp(min=1e-6)
-    above = smoothed * contrast / (contrast + (stack - intensity) ** 2) - threshold
+    places = (smoothed >= NOTABLE * threshold).flatten().nonzero()[:, 0]  # NaN is not
+    values, intensity, drawn = (part.flatten()[places].float() for part in (smoothed, stack, reconstruction))
+    parts = torch.stack([torch.ones_like(values), values, intensity, drawn, intensity * intensity])
+    weighted = values.new_zeros(len(parts), smoothed.numel())
+    weighted[:, places] = values**2 * parts
+    total, *parts = smooth(weighted.view(-1, *smoothed.shape), CORE_MM, sampling_mm).flatten(1)[:, places]
+    level, core, core_drawn, squares = (part / total.clamp(min=1e-6) for part in parts)
+    contrast = (squares - 2 * core_drawn * core + core_drawn * core_drawn).clamp(min=1e-6)
+    above = values * contrast / (contrast + (intensity - core) ** 2) - threshold
     room = HALO * level - threshold
     bent = torch.where((above > 0) & (above < room), above * above / room, above)
-    return torch.where(out, threshold + bent, smoothed)
+    sharpened = smoothed.clone()
+    sharpened.view(-1)[places] = threshold + bent
+    return sharpened
 
 
 def score_mse(stack: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
