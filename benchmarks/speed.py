@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plain import MODELS, PlainTraining, choose_pair, map_one_by_one
 from common.cli import Parser, bounded, run_script
 from common.device import PRECISIONS, choose_precision, keep_freed_memory
-from models.anomaly import map_anomalies, reconstruct
+from models.anomaly import compute_residual, map_anomalies, reconstruct
 from models.calibration import Calibration
 from models.checkpoint import build_model
 from preprocessing.geometry import Geometry
@@ -217,14 +217,18 @@ def compare_evaluation(args: argparse.Namespace, precision: str, scan: StoredSca
     def draw() -> torch.Tensor:
         return reconstruct(model, stack, sampling_mm[0], precision=PRECISIONS[precision])
 
+    def make_map(drawn: torch.Tensor) -> torch.Tensor:
+        divided = calibration.divide(compute_residual(stack, drawn, sampling_mm), stack > 0)
+        return map_anomalies(divided, stack, drawn, sampling_mm, calibration.voxel_threshold).cpu()
+
     drawn = draw()
     calibration = Calibration.fit([(stack, other, sampling_mm) for other in (drawn, 2 * stack - drawn)])
     on_cpu = calibration.to("cpu")
     seconds = alternate(
         args.rounds,
         plain=Elsewhere()(evaluate_plainly, scan, on_cpu),
-        ours=lambda: map_anomalies(stack, draw(), sampling_mm, calibration).cpu(),
-        map=lambda: map_anomalies(stack, drawn, sampling_mm, calibration).cpu(),
+        ours=lambda: make_map(draw()),
+        map=lambda: make_map(drawn),
     )
     ratio = show("evaluation of a scan, dae, slices to map", len(stack), seconds["plain"], seconds["ours"])
     return {"evaluate": ratio, "map_of_evaluation": seconds["map"] / seconds["ours"]}

@@ -17,12 +17,11 @@ from evaluation.regions import find_regions, list_regions
 from models.anomaly import (
     compute_residual,
     find_median,
+    map_anomalies,
     reconstruct,
     score_mse,
     score_scan,
     score_slices,
-    sharpen_map,
-    smooth_map,
 )
 from models.baselines import map_brightness, map_deviation
 from models.calibration import Calibration
@@ -158,11 +157,10 @@ class Predictor:
         stack = torch.from_numpy(scan.stack).to(self.calibration.intensity.device)
         sampling_mm = scan.geometry.sampling_mm
         reconstruction = reconstruct(self.model, stack, sampling_mm[0], self.batch_size, self.precision)
-        brain, residual = stack > 0, compute_residual(stack, reconstruction, sampling_mm)
-        divided = self.calibration.divide(residual, brain)
-        smoothed, threshold = smooth_map(divided, stack, sampling_mm), self.calibration.voxel_threshold
+        brain, threshold = stack > 0, self.calibration.voxel_threshold
+        divided = self.calibration.divide(compute_residual(stack, reconstruction, sampling_mm), brain)
         maps = {
-            "score": sharpen_map(smoothed, stack, reconstruction, sampling_mm, threshold),
+            "score": map_anomalies(divided, stack, reconstruction, sampling_mm, threshold),
             "mse": torch.where(brain, (stack.float() - reconstruction) ** 2, torch.nan),
         }
         if not maps["score"][brain].isfinite().all():

@@ -16,7 +16,7 @@ background at 0, so `stack > 0` is the brain; `sampling_mm` is the distance (bet
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +26,12 @@ from torch import nn
 
 from models.autoencoder import take_middle
 
-if TYPE_CHECKING:
-    from models.calibration import Calibration
-
 SMOOTHING_MM = 2.0  # standard deviation of the Gaussian over the residual, in all three directions
 WINDOW_MM = 3.0  # standard deviation of the Gaussian windows in which the map follows the slice
 EDGE_CELL = 2  # pixels along each side of the cells over which it is estimated
 EDGE = 0.03  # contrast in a window, as a standard deviation of [0, 1], above which it is an edge
 CORE_MM = 10.0  # standard deviation of the Gaussian window in which what stands out is compared with its core
+CORE_CELL = 4  # pixels along each side of the cells over which it is estimated
 NOTABLE = 0.5  # share of the voxel threshold from which on the map is compared with its core
 HALO = 0.4  # share of the core's anomaly below which a pixel may be healthy tissue that the smoothing reached
 SHADING_MM = 20.0  # standard deviation of the Gaussian mean that is subtracted from the residual
@@ -106,17 +104,22 @@ def _estimate_shading(residual: torch.Tensor, brain: torch.Tensor, sampling_mm: 
     limit = SHADING_LIMIT * find_median(residual[brain > 0].abs())
     cells = F.avg_pool2d(torch.stack([residual.clamp(-limit, limit) * brain, brain]), SHADING_CELL)
     total, share = smooth(cells, SHADING_MM, (sampling_mm[0], sampling_mm[1] * SHADING_CELL))
-    shading = (total / (share + 0.02))[:, None]
-    return F.interpolate(shading, size=residual.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    return _stretch((total / (share + 0.02))[None], SHADING_CELL)[0]
 
 
 def map_anomalies(
-    stack: torch.Tensor, reconstruction: torch.Tensor, sampling_mm: tuple[float, float], calibration: Calibration
+    divided: torch.Tensor,
+    stack: torch.Tensor,
+    reconstruction: torch.Tensor,
+    sampling_mm: tuple[float, float],
+    threshold: float,
 ) -> torch.Tensor:
-    """The anomaly map (n, H, W), float32, in units of the scan's median; NaN outside the brain."""
-    divided = calibration.divide(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
-    smoothed = smooth_map(divided, stack, sampling_mm)
-    return sharpen_map(smoothed, stack, reconstruction, sampling_mm, calibration.voxel_threshold)
+    """The anomaly map (n, H, W), float32, in units of the scan's median; NaN outside the brain.
+
+    divided    |residual| / expected residual (`Calibration.divide`); stack and reconstruction likewise (n, H, W)
+    threshold  the voxel threshold, from half of which on the map is compared with its core
+    """
+    return sharpen_map(smooth_map(divided, stack, sampling_mm), stack, reconstruction, sampling_mm, threshold)
 
 
 def smooth_map(divided: torch.Tensor, stack: torch.Tensor, sampling_mm: tuple[float, float]) -> torch.Tensor:
@@ -137,7 +140,7 @@ def smooth_map(divided: torch.Tensor, stack: torch.Tensor, sampling_mm: tuple[fl
     slope = (products - guide_mean * value_mean) / (variance + EDGE**2)
     lines = torch.stack([slope, value_mean - slope * guide_mean]) * cells[0]
     lines = smooth(lines, WINDOW_MM, cells_mm) * within
-    slope, level = F.interpolate(lines, size=stack.shape[1:], mode="bilinear", align_corners=False)
+    slope, level = _stretch(lines, EDGE_CELL)
     smoothed = (slope * guide + level).clamp(min=0)
     return torch.where(brain, smoothed / max(find_median(smoothed[brain]), 1e-6), torch.nan)
 
@@ -162,15 +165,22 @@ def sharpen_map(
     parts = torch.stack([torch.ones_like(values), values, intensity, drawn, intensity * intensity])
     weighted = values.new_zeros(len(parts), smoothed.numel())
     weighted[:, places] = values**2 * parts
-    total, *parts = smooth(weighted.view(-1, *smoothed.shape), CORE_MM, sampling_mm).flatten(1)[:, places]
+    cells = F.avg_pool2d(weighted.view(-1, *smoothed.shape), CORE_CELL)
+    total, *parts = smooth(cells, CORE_MM, (sampling_mm[0], sampling_mm[1] * CORE_CELL))
     level, core, core_drawn, squares = (part / total.clamp(min=1e-6) for part in parts)
     contrast = (squares - 2 * core_drawn * core + core_drawn * core_drawn).clamp(min=1e-6)
+    level, core, contrast = _stretch(torch.stack([level, core, contrast]), CORE_CELL).flatten(1)[:, places]
     above = values * contrast / (contrast + (intensity - core) ** 2) - threshold
     room = HALO * level - threshold
     bent = torch.where((above > 0) & (above < room), above * above / room, above)
     sharpened = smoothed.clone()
     sharpened.view(-1)[places] = threshold + bent
     return sharpened
+
+
+def _stretch(cells: torch.Tensor, side: int) -> torch.Tensor:
+    """(k, n, H / side, W / side) values of cells of so many pixels a side as (k, n, H, W), bilinear."""
+    return F.interpolate(cells, scale_factor=float(side), mode="bilinear", align_corners=False)
 
 
 def score_mse(stack: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

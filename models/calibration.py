@@ -55,7 +55,7 @@ STATE_KEYS = {  # field: its key in model.pt
 OF_SCANS = ("scan_scores", "slice_scores", "median_residuals", "region_masses")
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
-Expected = tuple["Calibration", Compared]  # a scan with what is expected of it
+Expected = tuple["Calibration", Compared, Residual]  # a scan with what is expected of it
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class Calibration:
         draft, place_sums = _describe_places(scans)
         if robust:
             return draft._fit_robustly(scans)
-        texture_sums = [others._sum_by_texture(*scan) for others, scan in draft._leave_each_out(scans, place_sums)]
+        texture_sums = [_sum_by_texture(*expected) for expected in draft._leave_each_out(scans, place_sums)]
         total = sum(texture_sums)
         factors = [expect_with_texture(_leave_out(total, own, len(scans))) for own in texture_sums]
 
         def leave_each_out() -> Iterator[Expected]:
             left_out = draft._leave_each_out(scans, place_sums)
-            for (others, scan), factor in zip(left_out, factors, strict=True):
-                yield replace(others, texture_factor=factor), scan
+            for (others, scan, residual), factor in zip(left_out, factors, strict=True):
+                yield replace(others, texture_factor=factor), scan, residual
 
         medians, quantiles = _describe_maps(leave_each_out())
         threshold = float(_find_quantiles(quantiles.flatten(), 1 - VOXELS_FLAGGED))
@@ -116,11 +116,11 @@ class Calibration:
         """This draft with the medians over the scans of what each expects by place, then by texture."""
         by_place = [expect_at_place(sum_by_place(compute_residual(*scan).values)) for scan in scans]
         placed = replace(self, expected_residual=torch.stack(by_place).median(0).values)
-        by_texture = [expect_with_texture(placed._sum_by_texture(*scan)) for scan in scans]
+        by_texture = [expect_with_texture(_sum_by_texture(placed, scan, compute_residual(*scan))) for scan in scans]
         fitted = replace(placed, texture_factor=torch.stack(by_texture).median(0).values)
 
         def expect_all() -> Iterator[Expected]:
-            return ((fitted, scan) for scan in scans)
+            return ((fitted, scan, compute_residual(*scan)) for scan in scans)
 
         medians, quantiles = _describe_maps(expect_all())
         thresholds = torch.stack([_find_quantiles(own, 1 - VOXELS_FLAGGED) for own in quantiles])
@@ -130,14 +130,9 @@ class Calibration:
     def _leave_each_out(self, scans: Sequence[Compared], place_sums: torch.Tensor) -> Iterator[Expected]:
         """Each scan, with this calibration expecting at each place what the other scans show there."""
         for scan in scans:
-            others = _leave_out(place_sums, sum_by_place(compute_residual(*scan).values), len(scans))
-            yield replace(self, expected_residual=expect_at_place(others)), scan
-
-    def _sum_by_texture(
-        self, stack: torch.Tensor, reconstruction: torch.Tensor, sampling_mm: tuple[float, float]
-    ) -> torch.Tensor:
-        residual = compute_residual(stack, reconstruction, sampling_mm)
-        return sum_by_texture(residual, self.normalise(residual, stack > 0), self.texture_edges)
+            residual = compute_residual(*scan)
+            others = _leave_out(place_sums, sum_by_place(residual.values), len(scans))
+            yield replace(self, expected_residual=expect_at_place(others)), scan, residual
 
     @classmethod
     def from_state(cls, state: dict) -> Calibration:
@@ -288,13 +283,17 @@ def _describe_places(scans: Sequence[Compared]) -> tuple[Calibration, torch.Tens
     ), place_sums
 
 
+def _sum_by_texture(expected: Calibration, scan: Compared, residual: Residual) -> torch.Tensor:
+    return sum_by_texture(residual, expected.normalise(residual, scan[0] > 0), expected.texture_edges)
+
+
 def _describe_maps(scans: Iterable[Expected]) -> tuple[torch.Tensor, torch.Tensor]:
     """(the sorted median residuals of healthy scans, (scans, 10001) quantiles of their smoothed maps)."""
     medians, quantiles = [], []
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)  # as many of each scan, so that all weigh the same
-    for expected, (stack, reconstruction, sampling_mm) in scans:
+    for expected, (stack, _, sampling_mm), residual in scans:
         brain = stack > 0
-        divided = expected.divide(compute_residual(stack, reconstruction, sampling_mm), brain)
+        divided = expected.divide(residual, brain)
         medians.append(find_median(divided[brain]))
         quantiles.append(_find_quantiles(smooth_map(divided, stack, sampling_mm)[brain], shares))
     return torch.tensor(medians, device=quantiles[0].device).sort().values, torch.stack(quantiles)
@@ -303,8 +302,8 @@ def _describe_maps(scans: Iterable[Expected]) -> tuple[torch.Tensor, torch.Tenso
 def _score_scans(scans: Iterable[Expected], threshold: float) -> dict[str, torch.Tensor]:
     """The sorted scores of healthy scans, and the largest mass of a region of each, with this voxel threshold."""
     found = {"scan_scores": [], "slice_scores": [], "region_masses": []}
-    for expected, scan in scans:
-        anomaly = map_anomalies(*scan, replace(expected, voxel_threshold=threshold))
+    for expected, scan, residual in scans:
+        anomaly = map_anomalies(expected.divide(residual, scan[0] > 0), *scan, threshold)
         found["scan_scores"].append(torch.tensor([score_scan(anomaly)]))
         found["slice_scores"].append(score_slices(anomaly))
         found["region_masses"].append(torch.tensor([find_largest_mass(anomaly, threshold, scan[2])]))

@@ -7,14 +7,16 @@ Stacks are (n, H, W) with the background at 0; `sampling_mm` is (between slices,
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy import ndimage
 from skimage.transform import resize
 
+from models.anomaly import compute_residual, map_anomalies
 from models.calibration import Calibration
 
 SMOOTHING_MM, SHADING_MM, SHADING_LIMIT = 2.0, 20.0, 4.0
 WINDOW_MM, EDGE, EDGE_CELL = 3.0, 0.03, 2
-CORE_MM, HALO = 10.0, 0.4
+CORE_MM, HALO, CORE_CELL = 10.0, 0.4, 4
 LEVELS, TEXTURE_BINS = 16, 12
 Scan = tuple[np.ndarray, np.ndarray, tuple[float, float]]  # stack, reconstruction, sampling_mm
 
@@ -52,6 +54,14 @@ def compare_plainly(
     return residual, mean, np.sqrt(np.maximum(squares - mean**2, 0))
 
 
+def map_scan(
+    stack: torch.Tensor, reconstruction: torch.Tensor, sampling_mm: tuple[float, float], calibration: Calibration
+) -> torch.Tensor:
+    """The fast code's anomaly map."""
+    divided = calibration.divide(compute_residual(stack, reconstruction, sampling_mm), stack > 0)
+    return map_anomalies(divided, stack, reconstruction, sampling_mm, calibration.voxel_threshold)
+
+
 def map_plainly(
     stack: np.ndarray, reconstruction: np.ndarray, sampling_mm: tuple[float, float], calibration: Calibration
 ) -> np.ndarray:
@@ -83,12 +93,10 @@ def smooth_plainly(divided: np.ndarray, stack: np.ndarray, sampling_mm: tuple[fl
     )
     slope = (products - guide_mean * mean) / (squares - guide_mean**2 + EDGE**2)
     lines = [
-        smooth(part * average_cells(brain), WINDOW_MM, cells_mm) / np.maximum(share, 1e-3)
+        smooth(part * average_cells(brain, EDGE_CELL), WINDOW_MM, cells_mm) / np.maximum(share, 1e-3)
         for part in (slope, mean - slope * guide_mean)
     ]
-    slope, level = (
-        np.stack([resize(plane, stack.shape[1:], order=1, mode="edge") for plane in part]) for part in lines
-    )
+    slope, level = (stretch(part, stack.shape[1:]) for part in lines)
     mapped = np.maximum(slope * guide + level, 0)
     return np.where(brain, mapped / find_median(mapped[brain]), np.nan)
 
@@ -101,26 +109,33 @@ def sharpen_plainly(
     values, stack, drawn = np.nan_to_num(mapped), stack.astype(np.float64), drawn.astype(np.float64)
 
     def average(what: np.ndarray) -> np.ndarray:
-        weights = places * values**2
-        return smooth(weights * what, CORE_MM, sampling_mm) / np.maximum(smooth(weights, CORE_MM, sampling_mm), 1e-6)
+        weights, cells_mm = places * values**2, (sampling_mm[0], sampling_mm[1] * CORE_CELL)
+        total, weight = (smooth(average_cells(x, CORE_CELL), CORE_MM, cells_mm) for x in (weights * what, weights))
+        return total / np.maximum(weight, 1e-6)
 
-    contrast = average(stack**2) - 2 * average(drawn) * average(stack) + average(drawn) ** 2
-    weighted = values / (1 + (stack - average(stack)) ** 2 / np.maximum(contrast, 1e-6))
-    halo = HALO * average(values)
+    core, core_drawn, slices = average(stack), average(drawn), stack.shape[1:]
+    contrast = stretch(average(stack**2) - 2 * core_drawn * core + core_drawn**2, slices)
+    weighted = values / (1 + (stack - stretch(core, slices)) ** 2 / np.maximum(contrast, 1e-6))
+    halo = HALO * stretch(average(values), slices)
     low = (threshold < weighted) & (weighted < halo)
     bent = np.where(low, threshold + (weighted - threshold) ** 2 / np.where(low, halo - threshold, 1), weighted)
     return np.where(places, bent, mapped)
 
 
-def average_cells(values: np.ndarray) -> np.ndarray:
-    """(n, H / 2, W / 2) means of cells of 2x2 pixels."""
+def average_cells(values: np.ndarray, side: int) -> np.ndarray:
+    """(n, H / side, W / side) means of square cells."""
     slices, height, width = values.shape
-    return values.reshape(slices, height // EDGE_CELL, EDGE_CELL, width // EDGE_CELL, EDGE_CELL).mean((2, 4))
+    return values.reshape(slices, height // side, side, width // side, side).mean((2, 4))
+
+
+def stretch(cells: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Such means as (n, H, W), bilinear."""
+    return np.stack([resize(plane, shape, order=1, mode="edge") for plane in cells])
 
 
 def average_windows(values: np.ndarray, cells_mm: tuple[float, float]) -> np.ndarray:
     """The Gaussian mean around each cell."""
-    return smooth(average_cells(values), WINDOW_MM, cells_mm)
+    return smooth(average_cells(values, EDGE_CELL), WINDOW_MM, cells_mm)
 
 
 def calibrate_plainly(scans: list[Scan]) -> dict:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from models.anomaly import compute_residual, map_anomalies, score_mse, score_scan, score_slices, sharpen_map
+from models.anomaly import compute_residual, score_mse, score_scan, score_slices, sharpen_map
 from models.calibration import LEVELS, TEXTURE_BINS, Calibration
-from tests.reference import compare_plainly, make_scan, map_plainly
+from tests.reference import compare_plainly, make_scan, map_plainly, map_scan
 
 FAR_MM = 1000.0  # slices so far apart do not blur into each other
 
@@ -40,7 +40,7 @@ def find_residual(stack, drawn, sampling_mm):
 
 def make_map(stack, drawn, sampling_mm, calibration):
     """(n, H, W) as NumPy."""
-    return map_anomalies(*as_tensors(stack, drawn), sampling_mm, calibration).numpy()
+    return map_scan(*as_tensors(stack, drawn), sampling_mm, calibration).numpy()
 
 
 def calibrate(seeds):
@@ -277,12 +277,13 @@ def test_the_map_fills_a_lesion_up_to_its_edges():
 
 
 def sharpen(values, stack, drawn, threshold=5.0, pixel_mm=1e-3):
-    """The sharpened map of a row of pixels that have one core, being so near; numbers stand for rows full of them."""
-    row = np.ones((1, 1, len(values)), np.float32)
-    parts = as_tensors(*(row * np.float32(part) for part in (values, stack, drawn)))
+    """The sharpened map of a row of cells, 4x4 pixels each, that have one core, being so near; a number is for all."""
+    cells = np.ones((1, 4, 4 * len(values)), np.float32)
+    parts = as_tensors(*(cells * np.repeat(np.resize(part, len(values)), 4) for part in (values, stack, drawn)))
+    parts = [part.float() for part in parts]
     sharpened = sharpen_map(*parts, (FAR_MM, pixel_mm), threshold)
     assert sharpened.dtype == torch.float32
-    return sharpened[0, 0].numpy()
+    return sharpened[0, 1, 1::4].numpy()
 
 
 def test_what_stands_out_counts_as_far_as_it_looks_like_its_core():
@@ -314,13 +315,13 @@ def test_what_is_low_beside_its_core_is_bent_towards_the_threshold():
 
 
 def test_the_core_is_what_stands_out_within_10_mm():
-    """30 mm away from a strong dark lesion a weak bright one has its own; what does not stand out is of no core."""
+    """90 mm away from a strong dark lesion a weak bright one has its own; what does not stand out is of no core."""
     values = np.full(61, 2.4, np.float32)  # just below half the threshold
     stack = np.full(61, 0.5, np.float32)
     values[5], values[35], stack[5], stack[35] = 1000, 10, 0.2, 0.8
-    apart = sharpen(values, stack, 0.5, pixel_mm=3.0)
+    apart = sharpen(values, stack, 0.5, pixel_mm=0.75)
     np.testing.assert_allclose(apart[[5, 35]], [1000, 10], rtol=1e-3)
-    near = sharpen(values, stack, 0.5, pixel_mm=1.0)
+    near = sharpen(values, stack, 0.5, pixel_mm=0.25)
     seen = np.exp(-0.5 * 3**2) * 1e4  # the strong one's weight at the weak one, whose own is 1
     core, contrast = (0.2 * seen + 0.8) / (seen + 1), 0.3**2
     assert near[35] == pytest.approx(10 / (1 + (0.8 - core) ** 2 / contrast), rel=0.01)

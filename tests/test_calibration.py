@@ -8,9 +8,9 @@ import torch
 from scipy.stats import binomtest
 
 from common.cli import DataError
-from models.anomaly import compute_residual, find_largest_mass, find_median, map_anomalies, score_scan, score_slices
+from models.anomaly import compute_residual, find_largest_mass, find_median, score_scan, score_slices
 from models.calibration import STATE_KEYS, VERSION, Calibration, compute_p_values, count_needed_scans
-from tests.reference import calibrate_plainly, make_scan
+from tests.reference import calibrate_plainly, make_scan, map_scan
 
 FAR_MM = 1000.0  # slices so far apart do not blur into each other
 
@@ -30,11 +30,11 @@ def read(scans) -> dict[str, np.ndarray]:
 
 def make_map(scan, calibration):
     """(n, H, W) as NumPy, of a scan as a new one."""
-    return map_anomalies(*as_tensors(scan), calibration).numpy()
+    return map_scan(*as_tensors(scan), calibration).numpy()
 
 
 def score(scan, calibration):
-    return score_scan(map_anomalies(*as_tensors(scan), calibration))
+    return score_scan(map_scan(*as_tensors(scan), calibration))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_overall_mean_counts_for_half_a_scan():
 def test_one_validation_scan_is_mapped_with_itself():
     scan = make_scan(1)
     calibration = fit([scan])
-    anomaly = map_anomalies(*as_tensors(scan), calibration)
+    anomaly = map_scan(*as_tensors(scan), calibration)
     assert calibration.normal_scans == 1
     assert calibration.scan_scores.tolist() == pytest.approx([score_scan(anomaly)])
     np.testing.assert_allclose(calibration.slice_scores, score_slices(anomaly).sort().values, rtol=1e-5)

@@ -12,7 +12,6 @@ from evaluation.regions import list_regions
 from models.anomaly import (
     compute_residual,
     find_median,
-    map_anomalies,
     reconstruct,
     score_mse,
     score_scan,
@@ -32,6 +31,7 @@ from tests.predictions import (
     make_stack,
     write_model,
 )
+from tests.reference import map_scan
 
 SAMPLING_MM = (3.0, PIXEL_MM)
 
@@ -54,7 +54,7 @@ def test_maps_are_those_of_the_model_and_of_the_baselines(predictor, prediction,
     reconstruction = torch.from_numpy(found.reconstruction)
     np.testing.assert_allclose(reconstruction, reconstruct(model, scan.stack, 3.0), atol=1e-5)
     wanted = {
-        "score": map_anomalies(stack, reconstruction, SAMPLING_MM, calibration),
+        "score": map_scan(stack, reconstruction, SAMPLING_MM, calibration),
         "mse": torch.where(stack > 0, (stack.float() - reconstruction) ** 2, torch.nan),
         "bright": map_brightness(stack),
         "dark": 1 - map_brightness(stack),

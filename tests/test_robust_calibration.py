@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.anomaly import find_largest_mass, map_anomalies, score_scan, score_slices
+from models.anomaly import find_largest_mass, score_scan, score_slices
 from models.calibration import Calibration
-from tests.reference import make_scan
+from tests.reference import make_scan, map_scan
 
 
 def fit(scans, robust=True) -> Calibration:
@@ -59,7 +59,7 @@ def test_one_contaminated_scan_hardly_changes_it():
 def test_scores_are_those_within_the_cohort_and_the_threshold_is_the_median():
     scans = [make_scan(seed, offset=offset) for seed, offset in ((1, 0.0), (2, 0.5), (3, 0.0))]
     calibration = fit(scans)
-    maps = [map_anomalies(*as_tensors(scan), calibration) for scan in scans]
+    maps = [map_scan(*as_tensors(scan), calibration) for scan in scans]
     masses = [
         find_largest_mass(one, calibration.voxel_threshold, scan[2]) for one, scan in zip(maps, scans, strict=True)
     ]
@@ -68,5 +68,5 @@ def test_scores_are_those_within_the_cohort_and_the_threshold_is_the_median():
     slices = torch.cat([score_slices(one) for one in maps]).sort().values
     np.testing.assert_allclose(calibration.slice_scores, slices, rtol=1e-5)
     unsharpened = replace(calibration, voxel_threshold=np.inf)
-    own = [np.quantile(map_anomalies(*as_tensors(scan), unsharpened)[scan[0] > 0], 0.998) for scan in scans]
+    own = [np.quantile(map_scan(*as_tensors(scan), unsharpened)[scan[0] > 0], 0.998) for scan in scans]
     assert calibration.voxel_threshold == pytest.approx(np.median(own), rel=1e-3)
