@@ -137,6 +137,7 @@ class Viewers:
     def __init__(self, most_bytes: int = PAGE_BYTES):
         self.most_bytes = most_bytes
         self._kept: dict[tuple[str, str], tuple[tuple[bool, float], int, Path]] = {}  # rank, bytes, file
+        self._total = 0  # bytes of those
         self._lowest = (False, -math.inf)  # rank of the last one that did not fit
 
     def add(self, row: dict, size: int, path: Path) -> None:
@@ -146,12 +147,12 @@ class Viewers:
             path.unlink(missing_ok=True)
             return
         self._kept[row["label"], row["scan"]] = rank, size, path
-        total = sum(size for _, size, _ in self._kept.values())
-        while total > self.most_bytes and len(self._kept) > 1:
+        self._total += size
+        while self._total > self.most_bytes and len(self._kept) > 1:
             key = min(self._kept, key=lambda key: self._kept[key][0])
             self._lowest, size, path = self._kept.pop(key)
             path.unlink(missing_ok=True)
-            total -= size
+            self._total -= size
 
     def read(self) -> dict[tuple[str, str], dict]:
         """{(label, scan): what `pack_scan` gave} of those that fit."""

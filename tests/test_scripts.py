@@ -64,6 +64,14 @@ def test_user_errors_end_in_one_line(arguments, code, words, tmp_path):
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_every_network_of_the_benchmark_takes_a_step(tmp_path):
+    code = "import sys; from pathlib import Path; from benchmarks.speed import TITLES, OurTraining, make_store\n"
+    code += "scans = make_store(Path(sys.argv[1]), 1, 8, 32)\n"
+    code += "for name in TITLES: OurTraining(name, 'fp32', scans, 4).take_steps(1); print(name)"
+    result = run_script("-c", code, tmp_path, cwd=PROJECT)
+    assert result.stdout.split() == ["hobby", "dae", "cae"], result.stderr
+
+
 @pytest.mark.slow
 def test_the_benchmark_ends_with_a_line_of_figures(tmp_path):
     small = ["--rounds", "1", "--steps", "1", "--size", "32", "--scans", "2", "--slices", "8", "--batch-size", "4"]
