@@ -55,7 +55,7 @@ class OurTraining(Trainer):
 
     def __init__(self, name: str, precision: str, scans: list[StoredScan], batch_size: int, in_memory: bool = True):
         config = {"network": {"model": name, "size": scans[0].size}, "precision": precision, "seed": 0, "lr": 1e-3}
-        config["optimiser"] = OPTIMISERS.get(name, "adam")  # as notebooks do
+        config["optimiser"] = OPTIMISERS.get(name, "adam")  # the CAE of notebooks has none of its own
         config |= {"batch_size": batch_size, "steps": 10**6}
         offsets = MODELS[name].neighbour_offsets
         datasets = [SliceDataset(part, in_memory, DEVICE, offsets) for part in (scans, scans[:1])]

@@ -137,7 +137,7 @@ class Viewers:
     def __init__(self, most_bytes: int = PAGE_BYTES):
         self.most_bytes = most_bytes
         self._kept: dict[tuple[str, str], tuple[tuple[bool, float], int, Path]] = {}  # rank, bytes, file
-        self._total = 0  # bytes of those
+        self._total = 0  # bytes of those; added up for each scan anew, 100,000 took more than ten minutes
         self._lowest = (False, -math.inf)  # rank of the last one that did not fit
 
     def add(self, row: dict, size: int, path: Path) -> None:

@@ -54,8 +54,7 @@ STATE_KEYS = {  # field: its key in model.pt
 }
 OF_SCANS = ("scan_scores", "slice_scores", "median_residuals", "region_masses")
 Compared = tuple[torch.Tensor, torch.Tensor, tuple[float, float]]  # stack, reconstruction, sampling_mm
-
-Expected = tuple["Calibration", Compared, Residual]  # a scan with what is expected of it
+Expected = tuple["Calibration", Compared, Residual]  # what is expected of a scan, the scan, its residual
 
 
 @dataclass(frozen=True)
