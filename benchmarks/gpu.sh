@@ -2,16 +2,19 @@
 # What one NVIDIA GPU does, in under ten minutes: speed and profile of a step, three trainings, an evaluation, memory,
 # one process with NCCL. Run it from the repository's folder, in its environment, on an idle machine:
 #
-#   benchmarks/gpu.sh [SLICES]
+#   benchmarks/gpu.sh OUT [SLICES …]
 #
-# SLICES is what preprocess_oasis.py wrote, with train/normal, val/normal and test; without it the demo's simulated
-# scans are made. STEPS, of each training, is 3000 where it is not set; train.py's default is 12000. JSON comes last.
+# OUT is a new folder, which keeps the trainings and the evaluation. Each SLICES is what preprocess_oasis.py wrote of a
+# scanner, with train/normal and val/normal, the first also with test; without any the demo's simulated scans are made.
+# STEPS, of each training, is 12000 where it is not set. JSON comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-steps=${STEPS:-3000}
-out=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$out"' EXIT
+steps=${STEPS:-12000}
+out=${1:?give a new folder to write to}
+shift
+mkdir "$out"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 if ! $python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
     echo "torch sees no CUDA device" >&2
@@ -19,11 +22,11 @@ if ! $python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; th
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader
 
-slices=${1:-}
-if [ -z "$slices" ]; then
+slices=("$@")
+if [ ${#slices[@]} = 0 ]; then
     $python preprocessing/demo_cohort.py --raw "$out/raw"
     $python preprocessing/preprocess_oasis.py --raw "$out/raw" --processed "$out/processed" --quiet
-    slices=$out/processed
+    slices=("$out/processed")
 fi
 
 echo "== a step: against the plain loop, and what it goes to"
@@ -34,19 +37,19 @@ for seed in 0 1 2; do
     nvidia-smi --query-gpu=memory.used,utilization.gpu --format=csv,noheader,nounits -lms 500 > "$out/gpu$seed.csv" &
     watch=$!
     began=$(date +%s.%N)
-    $python training/train.py --data "$slices" --run "$out/run$seed" --steps "$steps" --seed "$seed" --device cuda
+    $python training/train.py --data "${slices[@]}" --run "$out/run$seed" --steps "$steps" --seed "$seed" --device cuda
     echo "$began $(date +%s.%N)" > "$out/time$seed.txt"
     kill $watch
 done
 
 echo "== a training of one process with NCCL, 500 steps"
 began=$(date +%s.%N)
-$python -m torch.distributed.run --nproc_per_node 1 -- training/train.py --data "$slices" --run "$out/nccl" --steps 500 --device cuda
+$python -m torch.distributed.run --nproc_per_node 1 -- training/train.py --data "${slices[@]}" --run "$out/nccl" --steps 500 --device cuda
 echo "$began $(date +%s.%N)" > "$out/timenccl.txt"
 
 echo "== evaluation"
 began=$(date +%s.%N)
-$python evaluation/evaluate.py --run "$out/run0" --data "$slices/test" --out "$out/evaluation" --device cuda --quiet
+$python evaluation/evaluate.py --run "$out/run0" --data "${slices[0]}/test" --out "$out/evaluation" --device cuda --quiet
 echo "$began $(date +%s.%N)" > "$out/timeevaluation.txt"
 
 $python - "$out" "$steps" <<'PYTHON'

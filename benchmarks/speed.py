@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -39,9 +40,9 @@ from models.calibration import Calibration
 from models.checkpoint import build_model
 from preprocessing.geometry import Geometry
 from preprocessing.store import StoredScan, list_scans, write_scan
-from training.batches import seed_generator
 from training.dataset import SliceDataset
 from training.optimiser import OPTIMISERS
+from training.recording import WARM_UP, Recording
 from training.trainer import READ_LOSSES_EVERY, Trainer, sum_squares
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,14 +61,14 @@ class OurTraining(Trainer):
         offsets = MODELS[name].neighbour_offsets
         datasets = [SliceDataset(part, in_memory, DEVICE, offsets) for part in (scans, scans[:1])]
         super().__init__(config, *datasets, Path())
-        self.name, self.batches = name, self.read_batches()
+        self.name, self.pairs = name, self.read_pairs()
 
-    def make_pair(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return choose_pair(self.name, clean, seed_generator(self.device, 0, self.step))
+    def make_pair(self, clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return choose_pair(self.name, clean, generator)
 
     def take_steps(self, steps: int) -> None:
         for _ in range(steps):
-            self.unread_losses.append(self.train_step(next(self.batches)))
+            self.unread_losses.append(self.train_step(*next(self.pairs)))
             if self.step % READ_LOSSES_EVERY == 0:
                 self.read_losses()
         self.read_losses()
@@ -76,36 +77,41 @@ class OurTraining(Trainer):
         squares, pixels = sum_squares(self.forward(self.network, source), target)
         return squares / pixels
 
+    def differentiate(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = self.measure_loss(source, target)
+        self.model.zero_grad()
+        loss.backward()
+        return loss.detach()
+
     def profile(self, steps: int) -> dict[str, float]:
-        """Seconds a step by what they go to: `train_step` taken apart."""
-        seconds = dict.fromkeys(("loading", "corruption", "forward", "backward", "optimiser", "logging"), 0.0)
-
-        def timed(what: str, work: Callable, *arguments):
-            began = time.perf_counter()
-            result = work(*arguments)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[what] += (time.perf_counter() - began) / steps
-            return result
-
-        for _ in range(steps):
-            clean = timed("loading", next, self.batches)
-            source, target = timed("corruption", self.make_pair, clean)
-            loss = timed("forward", self.measure_loss, source, target)
-            timed("backward", lambda loss=loss: (self.model.zero_grad(), loss.backward()))
-            timed("optimiser", self.update_weights, self.config["lr"])
-            self.step += 1
-            self.unread_losses.append(loss.detach())
-            if self.step % READ_LOSSES_EVERY == 0:
-                timed("logging", self.read_losses)
+        """Seconds a step by what they go to, one after the other (a GPU does the corruption beside the rest)."""
+        pair = next(self.pairs)
+        works = {"forward": self.measure_loss, "backward": self.differentiate, "optimiser": self.move_weights}
+        works = {name: partial(Recording(work), *pair) for name, work in works.items()}
+        seconds = {}
+        for name, work in {"corruption": partial(next, self.pairs), **works}.items():
+            for _ in range(WARM_UP + 1):
+                work()
+            began = wait_and_look()
+            for _ in range(steps):
+                work()
+            seconds[name] = (wait_and_look() - began) / steps
+        seconds["optimiser"] -= seconds["backward"]
+        seconds["backward"] -= seconds["forward"]
         return seconds
 
     def count_flops(self) -> float:
         """Of the network in a step, forward and backward, without Muon; 2 for a multiplication and addition."""
-        source, target = self.make_pair(next(self.batches))
         with FlopCounterMode(display=False) as counter:
-            self.measure_loss(source, target).backward()
+            self.differentiate(*next(self.pairs))
         return counter.get_total_flops()
+
+
+def wait_and_look() -> float:
+    """The time, once the device has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Elsewhere:
@@ -152,8 +158,9 @@ def alternate(rounds: int, **works: Callable) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 
 
-def measure_matrices(precision: torch.dtype, side: int = 2048) -> float:
+def measure_matrices(precision: torch.dtype) -> float:
     """GFLOP/s of a matrix product, the best of several."""
+    side = 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.rand(side, side, device=DEVICE).to(precision) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * side**3 / min(timer.blocked_autorange(min_run_time=0.5).times) / 1e9
@@ -238,7 +245,6 @@ def profile_step(args: argparse.Namespace, precision: str, scans: list[StoredSca
     """Print where the time of a step of dae goes; `matrices` is the GFLOP/s of a matrix product."""
     training = OurTraining("dae", precision, scans, args.batch_size)
     flops = training.count_flops()
-    training.profile(2)
     parts = training.profile(max(args.steps, READ_LOSSES_EVERY))
     total, network = sum(parts.values()), parts["forward"] + parts["backward"]
     rate = flops / total / 1e9

@@ -28,11 +28,13 @@ def find_device(asked: str) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> tuple[str, str]:
-    """("bf16" or "fp32", why): bf16 where convolutions are clearly faster in it on this machine."""
-    rates = [measure_convolution(device, precision) for precision in (torch.bfloat16, torch.float32)]
-    on = " on one core" if device.type == "cpu" else ""
+    """("bf16" or "fp32", why): bf16 where a GPU has units for it, or convolutions are clearly faster in it on a CPU."""
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has units for it") if has_units else ("fp32", "this GPU has no units for bf16")
+    rates = [measure_convolution(precision) for precision in (torch.bfloat16, torch.float32)]
     chosen = "bf16" if rates[0] > 1.2 * rates[1] else "fp32"
-    return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32{on}"
+    return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32 on one core"
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype:
@@ -43,18 +45,17 @@ def find_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if imitated else PRECISIONS[name]
 
 
-def measure_convolution(device: torch.device, precision: torch.dtype) -> float:
-    """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several.
+def measure_convolution(precision: torch.dtype) -> float:
+    """GFLOP/s of a 3x3 convolution like the models', forward and backward, the best of several, on one core.
 
-    A CPU is measured on one core: several wait for each other where something else uses one, and then all precisions
-    are as slow.
+    Several wait for each other where something else uses one, and then all precisions are as slow.
     """
     from torch.utils.benchmark import Timer  # slow to import
 
     images, channels, size = 16, 64, 32
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=precision)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=precision)
     layer = layer.to(memory_format=torch.channels_last)
-    values = torch.rand(images, channels, size, size, device=device, dtype=precision)
+    values = torch.rand(images, channels, size, size, dtype=precision)
     values = values.to(memory_format=torch.channels_last).requires_grad_()
     gradient = torch.rand_like(values, memory_format=torch.channels_last)
 

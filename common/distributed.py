@@ -1,7 +1,7 @@
 """One process or many: each function does the right thing in both, so that callers never branch.
 
 torchrun starts the processes and tells each in its environment who it is. They exchange tensors on CUDA
-devices by NCCL and everything else by gloo. A single process communicates with nobody, and nothing here costs time.
+devices by NCCL and everything else by gloo. Without torchrun nobody communicates, and nothing here costs time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def is_alone() -> bool:
+    """Whether this process has joined no others: outside `join`, or not started by torchrun."""
+    return not dist.is_initialized()
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and talks to the user."""
     return rank() == 0
@@ -46,7 +51,7 @@ def join(device: torch.device) -> Iterator[torch.device]:
     They wait for each other at the end of the block, because one that leaves early can abort another that still
     communicates with it.
     """
-    if world_size() == 1:
+    if "RANK" not in os.environ:
         yield device
         return
     if device.type == "cuda":
@@ -67,7 +72,7 @@ def shard(total: int) -> range:
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
     """The sum over the processes; no gradient goes through it."""
-    if world_size() == 1:
+    if is_alone():
         return values
     values = values.detach().clone()
     dist.all_reduce(values)
@@ -76,12 +81,12 @@ def all_reduce(values: torch.Tensor) -> torch.Tensor:
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    return bool(flag) if world_size() == 1 else bool(all_reduce(torch.tensor(float(flag))))
+    return bool(flag) if is_alone() else bool(all_reduce(torch.tensor(float(flag))))
 
 
 def broadcast(value):
     """The main process's value, for all."""
-    if world_size() == 1:
+    if is_alone():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -94,7 +99,7 @@ def share_gradients(model: nn.Module) -> nn.Module:
     On CUDA devices batch norm takes its statistics over the slices of all processes (torch's SyncBatchNorm, which
     does not work on a CPU).
     """
-    if world_size() == 1:
+    if is_alone():
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -103,6 +108,6 @@ def share_gradients(model: nn.Module) -> nn.Module:
 
 def share_statistics(model: nn.Module) -> None:
     """Give all processes the main one's batch-norm statistics, which differ where each took them over its slices."""
-    if world_size() > 1:
+    if not is_alone():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

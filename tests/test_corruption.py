@@ -7,6 +7,7 @@ import torch
 import training.corruption as corruption
 from training.corruption import (
     corrupt,
+    draw_blob,
     infiltrate,
     make_pair,
     make_smooth_noise,
@@ -39,9 +40,15 @@ def one_place(count, channels, size, row, column):
     return x
 
 
+def paint(x, blurred, number=0):
+    """Slices with a blob in each."""
+    generator = seed(number)
+    return paint_blob(x, draw_blob(x, generator), blurred, generator)
+
+
 def paint_shapes(x, number=0):
     """(B, C, H, W) blobs as blended from `VISIBLE`, with their strength and sign; 0 where the kind of blob is other."""
-    change = (paint_blob(x, torch.full_like(x, VISIBLE), seed(number)) - x) / VISIBLE
+    change = (paint(x, torch.full_like(x, VISIBLE), number) - x) / VISIBLE
     return torch.where(change.abs() > 0.005, change, 0)
 
 
@@ -101,7 +108,7 @@ def test_corrupt_paints_five_times(monkeypatch):
 
 def test_what_a_blob_blurs_to_is_the_mean_over_the_brain_within_five_pixels(monkeypatch):
     seen = []
-    monkeypatch.setattr(corruption, "paint_blob", lambda x, blurred, _: seen.append(blurred) or x)
+    monkeypatch.setattr(corruption, "paint_blob", lambda x, blob, blurred, _: seen.append(blurred) or x)
     y, x = np.mgrid[:64, :64] - 31.5
     disc = torch.from_numpy(np.hypot(x, y) < 26)
     corrupt(torch.where(disc, 0.5, 0.0)[None, None].expand(4, 1, -1, -1), seed())
@@ -164,11 +171,10 @@ def test_what_is_not_corrupted_is_the_same_to_the_last_grain(monkeypatch):
     assert (rough < 0.4 * grain).all(), "and what is corrupted has its noise too"
 
 
-def test_infiltration_fades_out_and_goes_one_way(monkeypatch):
+def test_infiltration_fades_out_and_goes_one_way():
     """A fifth of 0.2 to 1 of the way to a level from 0.1 to 1; down in four of five."""
-    monkeypatch.setattr(corruption, "draw_blob", lambda x, _: torch.ones_like(x))
     x = torch.rand(3000, 1, 8, 8, generator=seed(1))
-    change = infiltrate(x, seed()) - x
+    change = infiltrate(x, torch.ones_like(x), seed()) - x
     down, up = (change < -1e-6).flatten(1).any(1), (change > 1e-6).flatten(1).any(1)
     assert not (down & up).any()
     assert down[down | up].float().mean() == pytest.approx(0.8, abs=0.03)
@@ -182,11 +188,10 @@ def test_infiltration_fades_out_and_goes_one_way(monkeypatch):
     assert max(strengths) == pytest.approx(1, abs=0.01)
 
 
-def test_infiltration_has_no_sharp_edge(monkeypatch):
+def test_infiltration_has_no_sharp_edge():
     half = torch.zeros(200, 1, 32, 64)
     half[..., 32:] = 1
-    monkeypatch.setattr(corruption, "draw_blob", lambda x, _: half)
-    change = infiltrate(torch.full((200, 1, 32, 64), 0.9), seed())[:, 0, 16] - 0.9
+    change = infiltrate(torch.full((200, 1, 32, 64), 0.9), half, seed())[:, 0, 16] - 0.9
     share = (change / change[:, 60:61])[change[:, 60] < -0.1]
     np.testing.assert_allclose(share[:, [20, 32, 43]].mean(0), [0, 0.625, 1], atol=0.07)
     assert share.diff(dim=1).abs().max() < 0.3
@@ -234,7 +239,7 @@ def test_the_four_kinds_of_blob_by_their_shares():
     assert (peak.amin(1) < 0).float().mean() == pytest.approx(0.45, abs=0.025)
     x = torch.full((4000, 1, 32, 32), 0.5)
     x[::2, :, :16] = 100  # in the upper half of every second slice
-    change = paint_blob(x, x, seed())[1::2] - 0.5
+    change = paint(x, x)[1::2] - 0.5
     reached = (change.flatten(1).abs() > 0.01).any(1)
     foreign = change > 1
     assert not foreign[:, :, :16].any()
@@ -247,7 +252,7 @@ def test_what_is_blended_into_a_blob():
     blurred = x.clone()
     blurred[:, 0] = VISIBLE
     blurred[:, 2] = VISIBLE
-    change = paint_blob(x, blurred, seed())
+    change = paint(x, blurred)
     shape = change[:, 0, 16] / VISIBLE
     large = shape[:, 28].abs() > 0.8 * shape[:, 16].abs()  # 12 pixels away it is still there
     shown, kind = change[large, 1, 16, 16], shape[large, 16]
@@ -268,9 +273,8 @@ def test_large_blobs_hardly_change_in_brightness(monkeypatch):
     for area in areas:
         blob = torch.zeros_like(x)
         blob[:, :, 20:40, 20 : 20 + area // 20] = 1
-        monkeypatch.setattr(corruption, "draw_blob", lambda x, _, blob=blob: blob)
         monkeypatch.setattr(corruption, "make_smooth_noise", lambda shape, *_: torch.zeros(shape[0], 1, *shape[2:]))
-        changes.append((paint_blob(x, x, seed()) - x)[:, 1, 30, 20])
+        changes.append((paint_blob(x, blob, x, seed()) - x)[:, 1, 30, 20])
     changed = changes[0].abs() > 1e-3
     ratio = (changes[1] / changes[0])[changed]
     faded = (ratio - np.exp((areas[0] - areas[1]) / 273)).abs() < 0.01
@@ -290,7 +294,7 @@ def test_a_change_of_brightness_is_as_strong_upwards_as_downwards(monkeypatch):
     blurred[:, 1] = x[:, 1]
     rows = []
     for number in range(4):
-        change = paint_blob(x, blurred, seed(number)) - x
+        change = paint(x, blurred, number) - x
         other = (change[:, 0] / VISIBLE).flatten(1).abs().amax(1) < 0.001
         rows.append(change[other, 1, 16])
     row = torch.cat(rows)
@@ -304,7 +308,7 @@ def test_a_change_of_brightness_is_as_strong_upwards_as_downwards(monkeypatch):
 
 def test_the_shape_of_a_blob():
     """Radius 1.5 to 24 pixels on a log scale, an oval (log ratio of its axes 0.6), a rim of 1 pixel, at its place."""
-    x = one_place(1000, 1, 96, 48, 48)
+    x = one_place(4000, 1, 96, 48, 48)
     shapes = paint_shapes(x)[:, 0].abs()
     peaks = shapes.flatten(1).amax(1)
     shapes = shapes[peaks > 0.02] / peaks[peaks > 0.02, None, None]

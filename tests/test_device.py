@@ -24,8 +24,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("rates", "precision"), [((300, 100), "bf16"), ((110, 100), "fp32"), ((50, 100), "fp32")])
 def test_the_clearly_faster_precision_is_chosen(rates, precision, monkeypatch):
     by_type = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
-    monkeypatch.setattr("common.device.measure_convolution", lambda device, kind: by_type[kind])
+    monkeypatch.setattr("common.device.measure_convolution", by_type.get)
     assert choose_precision(CPU)[0] == precision
+
+
+@pytest.mark.parametrize(("has_units", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_is_asked_and_not_measured(has_units, precision, monkeypatch):
+    """So small a convolution would measure how fast it is started."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units)
+    assert choose_precision(torch.device("cuda"))[0] == precision
 
 
 def test_a_precision_is_measured_on_one_core_so_that_other_work_does_not_decide(monkeypatch):
@@ -42,7 +49,7 @@ def test_a_precision_is_measured_on_one_core_so_that_other_work_does_not_decide(
 
     monkeypatch.setattr("torch.utils.benchmark.Timer", Watched)
     flops = 3 * 2 * 16 * 32 * 32 * 64 * 64 * 9  # of a convolution forward, and twice that backward
-    assert measure_convolution(CPU, torch.float32) == pytest.approx(flops / 0.25 / 1e9), "the best time counts"
+    assert measure_convolution(torch.float32) == pytest.approx(flops / 0.25 / 1e9), "the best time counts"
     assert seen == [1]
 
 

@@ -44,7 +44,7 @@ def test_bf16_is_nearly_fp32():
 def test_steps_by_hand():
     """Momentum of 0.9 as a running mean, looked ahead by another tenth; then as long as 0.2 learning rates."""
     weight = nn.Parameter(torch.zeros(4, 3, 2, 2))
-    optimiser = Muon([weight], 0.5, torch.float32)
+    optimiser = Muon([weight], torch.tensor(0.5), torch.float32)
     gradients = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     momentum, wanted = torch.zeros_like(weight), torch.zeros_like(weight)
     for gradient in gradients:
@@ -59,7 +59,7 @@ def test_steps_by_hand():
 @pytest.mark.parametrize("model", ["dae", "cae"])
 def test_muon_moves_the_weights_and_adam_the_rest(model):
     network = build_model({"model": model, "size": 32, "width": 8})
-    muon, adam = make_optimisers(network, "muon", 1e-3, torch.float32)
+    muon, adam = make_optimisers(network, "muon", torch.tensor(1e-3), torch.float32)
     by_muon, by_adam = ([id(p) for p in one.param_groups[0]["params"]] for one in (muon, adam))
     assert sorted(by_muon + by_adam) == sorted(map(id, network.parameters()))
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -68,7 +68,7 @@ def test_muon_moves_the_weights_and_adam_the_rest(model):
 
 def test_adam_moves_all_where_asked_for():
     network = build_model({"model": "cae", "size": 32, "width": 8})
-    (adam,) = make_optimisers(network, "adam", 1e-3, torch.float32)
+    (adam,) = make_optimisers(network, "adam", torch.tensor(1e-3), torch.float32)
     assert isinstance(adam, torch.optim.Adam)
     assert list(map(id, adam.param_groups[0]["params"])) == list(map(id, network.parameters()))
 
@@ -79,6 +79,6 @@ def test_products_are_taken_in_the_precision_asked_for(precision, monkeypatch):
     monkeypatch.setattr("training.optimiser.orthogonalise", lambda matrix: seen.append(matrix.dtype) or matrix)
     weight = nn.Parameter(torch.zeros(4, 3))
     weight.grad = torch.ones(4, 3)
-    Muon([weight], 0.5, precision).step()
+    Muon([weight], torch.tensor(0.5), precision).step()
     assert seen == [precision]
     assert weight.dtype == torch.float32

@@ -39,10 +39,10 @@ def test_interrupted_equals_uninterrupted(processed, run, tmp_path, monkeypatch,
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step
 
-    def interrupt(trainer, clean):
+    def interrupt(trainer, *pair):
         if trainer.step == 6:
             signal.raise_signal(signal.SIGINT)  # in the middle of a step, which is ended first
-        return train_step(trainer, clean)
+        return train_step(trainer, *pair)
 
     monkeypatch.setattr(Trainer, "train_step", interrupt)
     with pytest.raises(SystemExit) as stop:
@@ -305,10 +305,10 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(p
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY, "--steps", "60"]  # rows at 12, 24, …
     train_step = Trainer.train_step
 
-    def break_weights(self, clean, steps=(29,)):
+    def break_weights(self, *pair, steps=(29,)):
         if self.step in steps:
             next(self.model.parameters()).data.fill_(math.nan)
-        return train_step(self, clean)
+        return train_step(self, *pair)
 
     monkeypatch.setattr(Trainer, "train_step", break_weights)
     with pytest.raises(DataError, match=r"not a number at step 30; last\.pt holds step 24"):
@@ -317,7 +317,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(p
     assert state["step"] == 24
     assert all(values.isfinite().all() for values in state["model"].values())
     assert not (tmp_path / "run/model.pt").exists()
-    monkeypatch.setattr(Trainer, "train_step", lambda self, clean: break_weights(self, clean, steps=(0,)))
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *pair: break_weights(self, *pair, steps=(0,)))
     with pytest.raises(DataError, match="not a number at step 1; nothing was saved yet"):
         training.main([*command, "--run", str(tmp_path / "other")])
 
@@ -325,10 +325,10 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_last_good_state(p
 def test_a_long_epoch_is_saved_on_the_way(processed, tmp_path, monkeypatch):
     train_step = Trainer.train_step
 
-    def die(self, clean):
+    def die(self, *pair):
         if self.step == 22:
             raise RuntimeError("as if killed")
-        return train_step(self, clean)
+        return train_step(self, *pair)
 
     monkeypatch.setattr(Trainer, "train_step", die)
     monkeypatch.setattr(trainer, "SAVE_EVERY_S", 0)
@@ -342,8 +342,8 @@ def test_weights_that_are_no_numbers_are_not_saved(processed, tmp_path, monkeypa
     command = ["--data", str(processed), "--run", str(tmp_path / "run"), *TINY]
     train_step = Trainer.train_step
 
-    def break_weights(self, clean):
-        loss = train_step(self, clean)
+    def break_weights(self, *pair):
+        loss = train_step(self, *pair)
         if self.step == 2:
             next(self.model.parameters()).data.fill_(math.inf)
             signal.raise_signal(signal.SIGTERM)

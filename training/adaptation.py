@@ -132,8 +132,8 @@ def _train(
         slices.append(SliceDataset(part, in_memory, device, offsets))
     trainer = Trainer(config, *slices, Path(), quiet=bar is None, init=content)
     trainer.model.train()
-    batches = trainer.read_batches()
+    pairs = trainer.read_pairs()
     for _ in trange(steps, desc=bar, unit="step", disable=bar is None or None):
-        trainer.train_step(next(batches))
+        trainer.train_step(*next(pairs))
     trainer.model.eval()
     return trainer

@@ -37,10 +37,14 @@ def _shuffle(slices: int, seed: int, number: int, scanner: int) -> np.ndarray:
     return np.random.default_rng([seed, number, scanner]).permutation(slices)
 
 
+def mix_seed(*numbers: int) -> int:
+    """A seed that depends on these numbers alone; zeros at their end change nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seed_generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator on the device whose stream depends on these numbers alone; zeros at their end change nothing."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    """A generator on the device with `mix_seed` of these numbers."""
+    return torch.Generator(device).manual_seed(mix_seed(*numbers))
 
 
 def schedule_learning_rate(step: int, steps: int, peak: float) -> float:

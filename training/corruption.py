@@ -15,6 +15,7 @@ on the generator's device, so a seed gives the same batch again. Lengths are in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -158,31 +159,31 @@ def grow(mask: Tensor) -> Tensor:
 def corrupt(slices: Tensor, generator: Generator) -> Tensor:
     """Slices with something wrong in them, for the model to undo. Same shape, in [0, 1], the brain stays the brain."""
     blurred = average_brain(slices)
+    chosen = [_choose(len(slices), share, generator) for share in (0.5, 0.5, 0.25, 0.5, 0.5)]
+    blobs = draw_blob(slices[torch.cat(chosen)], generator).split([len(numbers) for numbers in chosen])
     x = slices
-    for share in (0.5, 0.5, 0.25):
-        chosen = _choose(len(x), share, generator)
-        x = x.index_copy(0, chosen, paint_blob(x[chosen], blurred[chosen], generator))
-    x = change_some(x, 0.5, infiltrate, generator)
-    x = change_some(x, 0.5, infiltrate, generator)
+    for numbers, blob in zip(chosen[:3], blobs[:3], strict=True):
+        x = x.index_copy(0, numbers, paint_blob(x[numbers], blob, blurred[numbers], generator))
+    for numbers, blob in zip(chosen[3:], blobs[3:], strict=True):
+        x = x.index_copy(0, numbers, infiltrate(x[numbers], blob, generator))
     return torch.where(slices > 0, x.clamp(FLOOR, 1), 0)
 
 
-def infiltrate(x: Tensor, generator: Generator) -> Tensor:
+def infiltrate(x: Tensor, blob: Tensor, generator: Generator) -> Tensor:
     """Pull tissue down to a level within a blob that fades out over centimetres, or up to one; what is beyond stays."""
-    blob = F.interpolate(F.avg_pool2d(draw_blob(x, generator), 4), scale_factor=4.0, mode="bilinear")
+    blob = F.interpolate(F.avg_pool2d(blob, 4), scale_factor=4.0, mode="bilinear")
     level, darker = _uniform_each(x, 0.1, 1, generator), _uniform_each(x, 0, 1, generator) < 0.8
     missing = level - x
     missing = torch.where(darker, missing.clamp(max=0), missing.clamp(min=0))
     return x + blob * _uniform_each(x, 0.2, 1, generator) * missing
 
 
-def paint_blob(x: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
+def paint_blob(x: Tensor, blob: Tensor, blurred: Tensor, generator: Generator) -> Tensor:
     """Blend something else into a blob: a mottled grey, a change of brightness, foreign tissue, or what is `blurred`.
 
     The grey keeps more or less of the texture x - blurred; foreign tissue is that of another slice, upside down. Large
     blobs hardly change in brightness: a coil or a sequence does the same to healthy tissue.
     """
-    blob = draw_blob(x, generator)
     level = _uniform_each(x, 0, 1.1, generator)
     mottle = make_smooth_noise(x.shape, GRIDS, generator) * _uniform_each(x, 0, 0.15, generator)
     kind = _uniform_each(x, 0, 1, generator)
@@ -214,9 +215,11 @@ def draw_blob(x: Tensor, generator: Generator) -> Tensor:
     edge = _uniform_each(x, 0.5, 1.5, generator) / radius
     blob = torch.sigmoid((1 - distance + ragged) / edge) * (distance < 3)
     # small blobs come with those of other slices: alone, they would be too few pixels to learn from
-    small, count = blob * (radius < SMALL_BLOB), _uniform_each(x, 0, 7, generator)
-    for number in range(1, 6):
-        blob = torch.maximum(blob, small.roll(number, 0) * (count > number + 1))
+    number = torch.arange(1, 6, device=x.device).view(1, 5, 1, 1, 1)
+    others = (torch.arange(b, device=x.device).view(b, 1) - number.view(1, 5)) % b
+    together = _uniform_each(x, 0, 7, generator)[:, None] > number + 1
+    small = blob * (radius < SMALL_BLOB)
+    blob = torch.maximum(blob, (small[others] * together).amax(1))
     return F.interpolate(blob, size=(h, w), mode="bilinear", align_corners=True)
 
 
@@ -231,7 +234,8 @@ def measure_from_a_place(x: Tensor, shape: Sequence[int], generator: Generator) 
     """(rows, columns) from a random brain pixel of each middle channel, in pixels of x, on a grid of this shape."""
     b, (height, width), (h, w) = len(x), x.shape[-2:], shape[-2:]
     coarse = x[:, x.shape[1] // 2, ::4, ::4]  # one pixel in 16 is choice enough, and drawing among all is slow
-    place = torch.multinomial((coarse.flatten(1) > 0) + 1e-6, 1, generator=generator).view(b, 1, 1, 1)
+    drawn = _uniform(coarse.shape, 0, 1, generator) * (coarse > 0)
+    place = drawn.flatten(1).argmax(1).view(b, 1, 1, 1)
     rows = torch.linspace(0, height - 1, h, device=x.device).view(1, 1, h, 1) - 4 * (place // coarse.shape[-1])
     columns = torch.linspace(0, width - 1, w, device=x.device).view(1, 1, 1, w) - 4 * (place % coarse.shape[-1])
     return rows, columns
@@ -239,13 +243,30 @@ def measure_from_a_place(x: Tensor, shape: Sequence[int], generator: Generator) 
 
 def make_smooth_noise(shape: Sequence[int], grids: tuple[int, ...], generator: Generator) -> Tensor:
     """(B, 1, H, W) noise of about unit variance: a random mix of grids of so many cells, stretched to the slice."""
-    b, finest = shape[0], (grids[-1], grids[-1])
-    share = _uniform((len(grids), b, 1, 1, 1), 0.05, 1, generator)
-    share = share / share.square().sum(0, keepdim=True).sqrt()
-    noise = [_normal((b, 1, cells, cells), generator) for cells in grids]
-    noise = [F.interpolate(grid, size=finest, mode="bilinear", align_corners=True) for grid in noise]
-    mixed = sum(s * grid for s, grid in zip(share, noise, strict=True))
-    return F.interpolate(mixed, size=tuple(shape[-2:]), mode="bilinear", align_corners=True)
+    (b, _, h, w), cells = shape, sum(grids)
+    down, along = (_stretch_grids(grids, size, generator.device) for size in (h, w))
+    places, numbers = _place_grids(grids, generator.device)
+    share = _uniform((b, len(grids)), 0.05, 1, generator)
+    share = share / share.norm(dim=1, keepdim=True)
+    noise = _normal((b, len(places)), generator) * share[:, numbers]
+    mixed = noise.new_zeros(b, cells * cells).index_copy(1, places, noise).view(b, cells, cells)
+    return (down @ mixed @ along.T)[:, None]
+
+
+@lru_cache(maxsize=64)
+def _stretch_grids(grids: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """(size, sum of grids): bilinear interpolation along an axis, of each grid to the finest and of that to pixels."""
+    finest = [F.interpolate(torch.eye(cells)[None], grids[-1], mode="linear", align_corners=True) for cells in grids]
+    stretched = F.interpolate(torch.cat(finest, 1), size, mode="linear", align_corners=True)
+    return stretched[0].T.contiguous().to(device)
+
+
+@lru_cache(maxsize=64)
+def _place_grids(grids: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the cells of all grids lie in a matrix that has them as blocks along its diagonal; the grid of each."""
+    blocks = torch.block_diag(*(torch.full((cells, cells), number + 1) for number, cells in enumerate(grids))).flatten()
+    places = blocks.nonzero()[:, 0]
+    return places.to(device), (blocks[places] - 1).to(device)
 
 
 def change_some(x: Tensor, share: float, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Tensor:
@@ -259,7 +280,7 @@ def _choose(count: int, share: float, generator: Generator) -> Tensor:
 
 
 def _uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
+    return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _uniform_each(x: Tensor, low: float, high: float, generator: Generator) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,18 +21,23 @@ ADAMS_LENGTH = 0.2  # root mean square of Adam's updates, in learning rates
 OPTIMISERS = {"dae": "muon", "cae": "adam"}  # of each model, unless another is asked for
 
 
-def make_optimisers(model: nn.Module, name: str, learning_rate: float, precision: torch.dtype) -> list[Optimizer]:
+def make_optimisers(
+    model: nn.Module, name: str, learning_rate: torch.Tensor, precision: torch.dtype
+) -> list[Optimizer]:
     """What moves the numbers of a model, by name.
 
     adam  Adam moves all
     muon  Muon moves the weights of two or more dimensions, with products in this precision, and Adam all others
+
+    learning_rate  a number on the model's device, which is read at each step
     """
     parameters = list(model.parameters())
+    adam = partial(Adam, lr=learning_rate, fused=True, capturable=True)
     if name == "adam":
-        return [Adam(parameters, learning_rate, fused=True)]
+        return [adam(parameters)]
     weights = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    return [Muon(weights, learning_rate, precision), Adam(others, learning_rate, fused=True)]
+    return [Muon(weights, learning_rate, precision), adam(others)]
 
 
 class Muon(Optimizer):
@@ -44,7 +50,7 @@ class Muon(Optimizer):
     precision  of the matrix products
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], learning_rate: float, precision: torch.dtype):
+    def __init__(self, weights: Iterable[nn.Parameter], learning_rate: torch.Tensor, precision: torch.dtype):
         super().__init__(weights, {"lr": learning_rate})
         self.precision = precision
 
@@ -57,9 +63,9 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
                 matrix = weight.grad.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's
-                length = group["lr"] * ADAMS_LENGTH * math.sqrt(max(matrix.shape))
+                length = group["lr"] * (ADAMS_LENGTH * math.sqrt(max(matrix.shape)))
                 update = orthogonalise(matrix.to(self.precision)).to(weight.dtype)
-                weight.sub_(update.view_as(weight), alpha=length)
+                weight.addcmul_(update.view_as(weight), length, value=-1)
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
@@ -72,5 +78,5 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(ROUNDS):
         gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if len(matrix) <= matrix.shape[1] else wide.T

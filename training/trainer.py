@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,12 +25,14 @@ from models.autoencoder import take_middle
 from models.calibration import Calibration, Compared, compare
 from models.checkpoint import build_model, save_checkpoint
 from preprocessing.store import check_same_settings
-from training.batches import count_epoch_steps, pick_batch, schedule_learning_rate, seed_generator
+from training.batches import count_epoch_steps, mix_seed, pick_batch, schedule_learning_rate, seed_generator
 from training.corruption import corrupt, make_pair
 from training.dataset import SliceDataset
 from training.optimiser import make_optimisers
+from training.recording import Recording
 from training.run_log import LOG_COLUMNS, RunLog, draw_reconstructions, write_log
 
+VALIDATED = 512  # slices at most, evenly over the validation scans: they choose the best weights, and stay in memory
 READ_LOSSES_EVERY = 20  # steps; a GPU waits each time
 SAVE_EVERY_S = 60.0  # within an epoch
 LARGEST_GRADIENT = 0.1  # norm; 0.03 is typical, and a burst of 20 once threw a run back by thousands of steps
@@ -74,7 +77,11 @@ class Trainer:
             self.model.load_state_dict(init["weights"])
         self.seen_before = set(init["seen"]) if init else set()  # hashes of the scans that made those weights
         self.network = distributed.share_gradients(self.model)  # the same model, for the steps of training
-        self.optimisers = make_optimisers(self.model, config["optimiser"], config["lr"], self.precision)
+        self.learning_rate = torch.tensor(config["lr"], device=self.device)
+        self.optimisers = make_optimisers(self.model, config["optimiser"], self.learning_rate, self.precision)
+        self.generator = torch.Generator(self.device)
+        self.draw_pair = Recording(partial(self.make_pair, generator=self.generator), self.generator)
+        self.learn = Recording(self.move_weights) if distributed.is_alone() else self.move_weights
         self.epoch_steps = count_epoch_steps(len(train), config["batch_size"], config["steps"])
         self.step, self.loss_sum, self.rows = 0, 0.0, []
         self.unread_losses = []  # of the last steps, on the device
@@ -87,54 +94,83 @@ class Trainer:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return network(slices).float()
 
-    def read_batches(self) -> Iterator[torch.Tensor]:
-        """This process's healthy slices of each step, from the current step on."""
-        config, shard = self.config, distributed.shard(self.config["batch_size"])
-        yield from self.train.read_batches(
-            pick_batch(step, config["batch_size"], self.train.slices_by_scanner, config["seed"])[shard]
-            for step in range(self.step, config["steps"])
-        )
+    def read_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(input, target) of each step from the current one on: this process's healthy slices, corrupted.
 
-    def make_pair(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input, target) of the current step; each process has random numbers of its own."""
-        generator = seed_generator(self.device, self.config["seed"], self.step, distributed.rank())
+        Each process has random numbers of its own. A GPU makes a pair while it trains on the one before.
+        """
+        config, shard = self.config, distributed.shard(self.config["batch_size"])
+        steps = range(self.step, config["steps"])
+        batches = self.train.read_batches(
+            pick_batch(step, config["batch_size"], self.train.slices_by_scanner, config["seed"])[shard]
+            for step in steps
+        )
+        aside = torch.cuda.Stream() if self.device.type == "cuda" else None
+        with contextlib.closing(batches):
+            for step in steps:
+                self.generator.manual_seed(mix_seed(config["seed"], step, distributed.rank()))
+                with torch.cuda.stream(aside):
+                    pair = self.draw_pair(next(batches))
+                if aside:
+                    torch.cuda.current_stream().wait_stream(aside)
+                    for values in pair:
+                        values.record_stream(torch.cuda.current_stream())
+                yield pair
+
+    def make_pair(self, clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input, target) of the network, from healthy slices."""
         return make_pair(clean, self.model.corrupted, generator)
 
-    def train_step(self, clean: torch.Tensor) -> torch.Tensor:
-        """One optimiser step with slices of `read_batches`; returns the loss, still on the device."""
-        source, target = self.make_pair(clean)
-        learning_rate = schedule_learning_rate(self.step, self.config["steps"], self.config["lr"])
+    def train_step(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One optimiser step with a pair of `read_pairs`; returns the loss, still on the device."""
+        self.learning_rate.fill_(schedule_learning_rate(self.step, self.config["steps"], self.config["lr"]))
+        self.step += 1
+        return self.learn(source, target)
+
+    def move_weights(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What the device does in a step, the same each time; returns the loss."""
         squares, pixels = sum_squares(self.forward(self.network, source), target)
         loss = squares / distributed.all_reduce(pixels)  # this process's part of it
         self.model.zero_grad()
         (loss * distributed.world_size()).backward()  # gradients are averaged over the processes
-        self.update_weights(learning_rate)
-        self.step += 1
+        self.update_weights()
         return distributed.all_reduce(loss.detach())
 
-    def update_weights(self, learning_rate: float) -> None:
+    def update_weights(self) -> None:
         """A step of the optimisers, with the gradient clipped to a norm of LARGEST_GRADIENT."""
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = learning_rate
             optimiser.step()
+
+    @cached_property
+    def validation_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(input, target) of this process's batches of validation slices, at most VALIDATED of all processes.
+
+        They are varied and corrupted by their place alone, so once is enough.
+        """
+        count, size = min(len(self.validation), VALIDATED), self.config["batch_size"]
+        places = np.linspace(0, len(self.validation) - 1, count).round().astype(int)
+        starts = range(0, count, size)[distributed.rank() :: distributed.world_size()]
+        batches = self.validation.read_batches(places[start : start + size] for start in starts)
+        return [
+            self.make_pair(clean, seed_generator(self.device, 0, start))
+            for start, clean in zip(starts, batches, strict=True)
+        ]
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The loss over all validation slices, varied and corrupted the same way each time; processes share batches."""
+        """The loss over validation slices, the same each time."""
         distributed.share_statistics(self.model)
         self.model.eval()
-        count, size = len(self.validation), self.config["batch_size"]
-        starts = range(0, count, size)[distributed.rank() :: distributed.world_size()]
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = self.validation.read_batches(range(start, min(start + size, count)) for start in starts)
-        bar = tqdm(starts, desc="validating", unit="batch", leave=False, disable=self.hide_bars)
-        for start, clean in zip(bar, batches, strict=True):
-            source, target = make_pair(clean, self.model.corrupted, seed_generator(self.device, 0, start))
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for source, target in tqdm(
+            self.validation_pairs, desc="validating", unit="batch", leave=False, disable=self.hide_bars
+        ):
             squares, pixels = sum_squares(self.forward(self.model, source), target)
-            total += squares / pixels * len(clean)
+            total += torch.stack([squares / pixels, torch.ones_like(pixels)]) * len(source)
         self.model.train()
-        return distributed.all_reduce(total).item() / count
+        loss, slices = distributed.all_reduce(total).tolist()
+        return loss / slices
 
     def fit(self) -> None:
         """Train to the last step: last.pt is saved each epoch and each minute, the log each epoch.
@@ -142,11 +178,11 @@ class Trainer:
         SIGINT (Ctrl-C) and SIGTERM save and end the program with code 130. A loss that is not a number raises
         DataError.
         """
-        steps, batches = self.config["steps"], self.read_batches()
+        steps, pairs = self.config["steps"], self.read_pairs()
         hide_bar = self.hide_bars if distributed.is_main() else True
         bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=hide_bar)
         self.model.train()
-        with self._open_log() as run_log, bar, contextlib.closing(batches), _catch_signals() as caught:
+        with self._open_log() as run_log, bar, contextlib.closing(pairs), _catch_signals() as caught:
             clock = _Clock(self.step)
             while True:
                 if self._at_end_of_epoch():
@@ -157,7 +193,7 @@ class Trainer:
                 if distributed.any_of(bool(caught)):
                     bar.close()
                     self.stop()
-                self.unread_losses.append(self.train_step(next(batches)))
+                self.unread_losses.append(self.train_step(*next(pairs)))
                 bar.update()
                 if self.step % READ_LOSSES_EVERY == 0:
                     bar.set_postfix(loss=f"{self.read_losses():.5f}")
@@ -204,8 +240,7 @@ class Trainer:
         train_loss, val_loss = self.loss_sum / self._count_steps_of_epoch(), self.validate()
         if not math.isfinite(val_loss):
             self.fail(f"the validation loss is not a number after step {self.step}")
-        learning_rate = self.optimisers[0].param_groups[0]["lr"]
-        values = (len(self.rows) + 1, self.step, train_loss, val_loss, learning_rate, slices_per_s)
+        values = (len(self.rows) + 1, self.step, train_loss, val_loss, self.learning_rate.item(), slices_per_s)
         self.rows.append(dict(zip(LOG_COLUMNS, values, strict=True)))
         self.loss_sum = 0.0
         if val_loss < self.best["val_loss"]:
@@ -232,6 +267,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
+            optimiser.param_groups[0]["lr"] = self.learning_rate
         self.step, self.loss_sum, self.rows, self.best = (state[k] for k in ("step", "loss_sum", "rows", "best"))
         self.saved_step = self.step
 
