@@ -59,8 +59,8 @@ def find_gradient(slices: torch.Tensor) -> torch.Tensor:
     return model.weight.grad
 
 
-def take_part(rank: int, port: int, answers) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def take_part(rank: int, size: int, port: int, answers) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with distributed.join(torch.device("cpu")):
         norm = nn.BatchNorm1d(2)
@@ -68,15 +68,18 @@ def take_part(rank: int, port: int, answers) -> None:
         distributed.share_statistics(norm)
         answers.put({
             "rank": rank,
+            "alone": distributed.is_alone(),
             "sum": distributed.all_reduce(torch.tensor([1.0 + rank])).item(),
             "main": distributed.broadcast(["from", rank]),
-            "any": [distributed.any_of(rank == 1), distributed.any_of(False)],
+            "any": [distributed.any_of(rank == size - 1), distributed.any_of(False)],
             "gradient": find_gradient(SLICES[distributed.shard(len(SLICES))]).tolist(),
             "statistics": norm.running_mean.tolist(),
         })  # fmt: skip
 
 
-def test_two_processes_together(monkeypatch):
+@pytest.mark.parametrize("size", [1, 2])
+def test_processes_together(monkeypatch, size):
+    """One that torchrun started does what several do, so that NCCL can be tried with one GPU."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     expected = find_gradient(SLICES)
     context = multiprocessing.get_context("forkserver")
@@ -85,15 +88,16 @@ def test_two_processes_together(monkeypatch):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     answers = context.Queue()
-    processes = [context.Process(target=take_part, args=(rank, port, answers)) for rank in range(2)]
+    processes = [context.Process(target=take_part, args=(rank, size, port, answers)) for rank in range(size)]
     for process in processes:
         process.start()
-    both = [answers.get(timeout=60) for _ in processes]
+    told = [answers.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(answer["rank"] for answer in both) == [0, 1]
-    for answer in both:
-        assert answer["sum"] == 3
+    assert sorted(answer["rank"] for answer in told) == list(range(size))
+    for answer in told:
+        assert not answer["alone"]
+        assert answer["sum"] == (1 if size == 1 else 3)
         assert answer["main"] == ["from", 0]
         assert answer["any"] == [True, False]
         torch.testing.assert_close(torch.tensor(answer["gradient"]), expected)

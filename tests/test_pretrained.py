@@ -15,7 +15,7 @@ from preprocessing.simulator import load_template, simulate_scan
 from preprocessing.worker import CutSettings, cut_scan
 from tests.test_scripts import PROJECT
 
-KNOWN_SCORE = 20.94
+KNOWN_SCORE = 27.04
 EXAMPLE = PROJECT / "Dataset/example"
 
 

@@ -2,35 +2,41 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from tests.test_trainer import make_trainer
 from training.recording import WARM_UP, Recording
 
 
-class NoteOperations(TorchDispatchMode):
-    """Notes each operation with all that is no tensor among its arguments, and the shapes of those that are."""
+class NoteOperations(TorchFunctionMode):
+    """Notes each operation with all numbers and words among its arguments, and the shapes of its tensors."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        leaves = [leaf for leaf in tree_leaves((arguments, options)) if not isinstance(leaf, torch.Generator)]
-        leaves = [leaf.shape if isinstance(leaf, torch.Tensor) else str(leaf) for leaf in leaves]
-        self.found.append((str(function), leaves))
-        return function(*arguments, **(options or {}))
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        self.found.append((function.__name__, describe(arguments), describe(list(options.items()))))
+        return function(*arguments, **options)
+
+
+def describe(value) -> object:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, tuple | list):
+        return [describe(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else type(value)
 
 
 @pytest.mark.parametrize("model", ["dae", "cae"])
 def test_each_step_is_the_same_operations_with_the_same_numbers(processed, model):
     """The learning rate, the step's number and the slices change; a recording knows only what is in tensors."""
     trainer = make_trainer(processed, model, steps=1000)
-    pairs, steps = trainer.read_pairs(), []
+    pairs, steps, clean = trainer.read_pairs(), [], trainer.train[:5]
     for _ in range(3):
         with NoteOperations() as operations:
-            pair = trainer.draw_pair(trainer.train[:5])
+            pair = trainer.draw_pair(clean)
             trainer.learn(*pair)
         trainer.train_step(*next(pairs))
         steps.append(operations.found)

@@ -185,6 +185,23 @@ def test_validation_by_hand_and_the_same_each_time(processed, model):
     assert other.validate() == first
 
 
+def test_validation_takes_slices_evenly_and_reads_them_once(processed, monkeypatch):
+    monkeypatch.setattr("training.trainer.VALIDATED", 7)
+    trainer, read = make_trainer(processed, "cae"), []
+
+    def read_batches(batches):
+        for places in batches:
+            read.append(list(places))
+            yield trainer.validation[places]
+
+    monkeypatch.setattr(trainer.validation, "read_batches", read_batches)
+    assert trainer.validate() == trainer.validate()
+    assert [len(places) for places in read] == [5, 2]
+    last = len(trainer.validation) - 1
+    assert last > 20
+    assert [place for places in read for place in places] == [round(last * number / 6) for number in range(7)]
+
+
 def train_with_losses(trainer, losses, monkeypatch):
     """Fit with a step that writes its number into a bias and has it as its loss, and these validation losses."""
 
