@@ -242,7 +242,10 @@ def measure_from_a_place(x: Tensor, shape: Sequence[int], generator: Generator) 
 
 
 def make_smooth_noise(shape: Sequence[int], grids: tuple[int, ...], generator: Generator) -> Tensor:
-    """(B, 1, H, W) noise of about unit variance: a random mix of grids of so many cells, stretched to the slice."""
+    """(B, 1, H, W) noise of about unit variance: a random mix of grids of so many cells, stretched to the slice.
+
+    All grids are stretched by one product: they lie along the diagonal of a matrix, each with its share.
+    """
     (b, _, h, w), cells = shape, sum(grids)
     down, along = (_stretch_grids(grids, size, generator.device) for size in (h, w))
     places, numbers = _place_grids(grids, generator.device)
