@@ -83,35 +83,29 @@ class OurTraining(Trainer):
         loss.backward()
         return loss.detach()
 
-    def profile(self, steps: int) -> dict[str, float]:
+    def profile(self, rounds: int, steps: int) -> dict[str, float]:
         """Seconds a step by what they go to, one after the other (a GPU does the corruption beside the rest)."""
         pair = next(self.pairs)
         works = {"forward": self.measure_loss, "backward": self.differentiate, "optimiser": self.move_weights}
         works = {name: partial(Recording(work), *pair) for name, work in works.items()}
-        seconds = {}
-        for name, work in {"corruption": partial(next, self.pairs), **works}.items():
-            for _ in range(WARM_UP + 1):
-                work()
-            began = wait_and_look()
+
+        def repeat(work: Callable) -> None:
             for _ in range(steps):
                 work()
-            seconds[name] = (wait_and_look() - began) / steps
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        works = {"corruption": partial(next, self.pairs)} | works
+        seconds = alternate(rounds, **{name: partial(repeat, work) for name, work in works.items()})
         seconds["optimiser"] -= seconds["backward"]
         seconds["backward"] -= seconds["forward"]
-        return seconds
+        return {name: value / steps for name, value in seconds.items()}
 
     def count_flops(self) -> float:
         """Of the network in a step, forward and backward, without Muon; 2 for a multiplication and addition."""
         with FlopCounterMode(display=False) as counter:
             self.differentiate(*next(self.pairs))
         return counter.get_total_flops()
-
-
-def wait_and_look() -> float:
-    """The time, once the device has done what it was given."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Elsewhere:
@@ -245,7 +239,7 @@ def profile_step(args: argparse.Namespace, precision: str, scans: list[StoredSca
     """Print where the time of a step of dae goes; `matrices` is the GFLOP/s of a matrix product."""
     training = OurTraining("dae", precision, scans, args.batch_size)
     flops = training.count_flops()
-    parts = training.profile(max(args.steps, READ_LOSSES_EVERY))
+    parts = training.profile(args.rounds, max(args.steps, WARM_UP + 1))  # the first round records
     total, network = sum(parts.values()), parts["forward"] + parts["backward"]
     rate = flops / total / 1e9
     print(f"\n{'a step of dae goes to':46}{'ms':>10}{'share':>8}")

@@ -159,7 +159,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> float:
-        """The loss over validation slices, the same each time."""
+        """The loss over `validation_pairs` of all processes."""
         distributed.share_statistics(self.model)
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
