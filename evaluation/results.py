@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ class ScanResult:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomically(path, json.dumps(asdict(self)).encode())
+        write_atomically(path, json.dumps(vars(self)).encode())
 
     @classmethod
     def read(cls, path: Path) -> ScanResult:

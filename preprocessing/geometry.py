@@ -114,14 +114,13 @@ class Geometry:
         # Transposed, (Z, Y, X): as most files store it, so that axial slices lie together.
         planes, values = brain.T, volume.values.T
         box = (self._weigh_slices()[1], *find_box(brain)[1:])
-        stack = np.empty((len(self.slices), self.size, self.size), np.float16)
+        stack = np.zeros((len(self.slices), self.size, self.size), np.float16)
         # Values are averaged over the brain alone, so that the rim does not fade into the background.
         pairs = self._resample(_scale_planes(values[box], planes[box], low, high), box)
         for target, pair in zip(stack, pairs, strict=True):
             value, share = pair[:, 0], pair[:, 1]
-            value = np.clip((value / np.maximum(share, 1e-6)) ** np.float32(exponent), BRAIN_FLOOR, 1)
-            value[share <= 0.5] = 0
-            target[:] = value
+            inside = share > 0.5
+            target[inside] = np.clip((value[inside] / share[inside]) ** np.float32(exponent), BRAIN_FLOOR, 1)
         return stack
 
     def cut_mask(self, mask: np.ndarray) -> np.ndarray:
