@@ -30,19 +30,22 @@ def find_device(asked: str) -> torch.device:
 def choose_precision(device: torch.device) -> tuple[str, str]:
     """("bf16" or "fp32", why): bf16 where a GPU has units for it, or convolutions are clearly faster in it on a CPU."""
     if device.type == "cuda":
-        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU has units for it") if has_units else ("fp32", "this GPU has no units for bf16")
+        return ("bf16", "this GPU has units for it") if has_bf16(device) else ("fp32", "this GPU has no units for bf16")
     rates = [measure_convolution(precision) for precision in (torch.bfloat16, torch.float32)]
     chosen = "bf16" if rates[0] > 1.2 * rates[1] else "fp32"
     return chosen, f"convolutions run at {rates[0]:.0f} GFLOP/s in bf16 and {rates[1]:.0f} in fp32 on one core"
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype:
-    """The precision of that name; float32 where this CPU can only imitate bf16, which is slow."""
-    imitated = device.type == "cpu" and not (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return torch.float32 if imitated else PRECISIONS[name]
+    """The precision of that name; float32 where the device can only imitate bf16, which is slow."""
+    return PRECISIONS[name] if has_bf16(device) else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has units or instructions for bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def measure_convolution(precision: torch.dtype) -> float:

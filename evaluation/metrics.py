@@ -103,9 +103,10 @@ def count_voxels(scores: np.ndarray, lesion: np.ndarray) -> dict[str, list[int]]
     Bins are the keys of `VoxelCounts`, as text: it goes through JSON.
     """
     bins = np.maximum(scores, 0).astype(np.float32).view(np.int32) >> BIN_BITS
-    found, place = np.unique(bins, return_inverse=True)
-    counts = np.stack([np.bincount(place[lesion == within], minlength=len(found)) for within in (False, True)], axis=1)
-    return dict(zip(map(str, found.tolist()), counts.tolist(), strict=True))
+    most = bins.max(initial=0) + 1
+    counts = np.stack([np.bincount(bins[lesion == within], minlength=most) for within in (False, True)], axis=1)
+    found = np.flatnonzero(counts.any(axis=1))
+    return dict(zip(map(str, found.tolist()), counts[found].tolist(), strict=True))
 
 
 def count_marked(marked: np.ndarray, lesion: np.ndarray) -> list[int]:

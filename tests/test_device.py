@@ -53,13 +53,13 @@ def test_a_precision_is_measured_on_one_core_so_that_other_work_does_not_decide(
     assert seen == [1]
 
 
-@pytest.mark.parametrize(
-    ("supported", "device", "found"),
-    [(True, "cpu", torch.bfloat16), (False, "cpu", torch.float32), (False, "cuda", torch.bfloat16)],
-)
-def test_a_model_in_bf16_is_read_in_fp32_where_the_cpu_only_imitates_bf16(supported, device, found, monkeypatch):
-    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: supported)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("supported", "found"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_model_in_bf16_is_read_in_fp32_where_bf16_is_only_imitated(device, supported, found, monkeypatch):
+    answers = {"cpu": not supported, "cuda": not supported, device: supported}
+    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: answers["cpu"])
     monkeypatch.setattr(torch, "ops", SimpleNamespace(mkldnn=operators))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: answers["cuda"])
     assert find_precision("bf16", torch.device(device)) is found
     assert find_precision("fp32", torch.device(device)) is torch.float32
 
