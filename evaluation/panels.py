@@ -116,7 +116,8 @@ def draw_montage(prediction: Prediction, title: str) -> plt.Figure:
     _write_numbers(axis, tile(_keep_largest(prediction.region_numbers[shown]), 0))
     for place, i in enumerate(shown):
         row, column = divmod(place, COLUMNS)
-        axis.text((column + 0.03) * wide, (row + 0.02) * tall, _name_tile(scan.geometry, i), fontsize=7, va="top")
+        name, style = _name_tile(scan.geometry, i), {"fontsize": 7, "color": "white", "va": "top"}
+        axis.text((column + 0.03) * wide, (row + 0.02) * tall, name, **style)  # white is read on the rim of a brain too
     for x, side in ((0.04, "L"), (0.96, "R")):
         axis.text(x * wide, tall / 2, side, fontsize=10, color="black", ha="center", va="center", weight="bold")
     _draw_anomaly_bar(figure, figure.add_axes((10.1 / width, 0.15, 0.014, 0.7)), prediction.threshold)
