@@ -71,7 +71,8 @@ def test_a_prediction_is_kept_as_rows_and_counts():
 
 def test_what_is_kept_of_a_scan_is_the_same_after_it_lay_on_disk(tmp_path):
     made = make_prediction()
-    kept = ScanResult.of(replace(made, maps=dict.fromkeys(DETECTORS, made.maps["score"])), viewer_bytes=7)
+    made = replace(made, maps=dict.fromkeys(DETECTORS, made.maps["score"]), misfit=2.0)
+    kept = ScanResult.of(made, viewer_bytes=7)
     kept.save(tmp_path / "scan.json")
     assert ScanResult.read(tmp_path / "scan.json") == kept
     (tmp_path / "scan.json").write_text('{"older": 1}')
