@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import fill_voids
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
+from scipy import ndimage
 
 from common.cli import DataError
 from preprocessing.images import read_image
-from preprocessing.volume import Volume, fill_holes, find_box, label_pieces
+from preprocessing.volume import Volume, find_box
 
 RINGING = 0.3  # of a mask's highest value: as far as a spline goes below 0
 MOST_LABELS = 20  # whole numbers of so few values are labels; of more, where neighbours are alike
@@ -112,7 +114,15 @@ def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     sizes[0] = 0
     main = (sizes >= STRAY_SHARE * sizes.max())[labels]
     del labels  # large, as all here is of 512^3
-    main = fill_holes(main)
+    main = fill_voids.fill(main)
     kept = inside.copy()
     kept.T[box] &= main
     return kept, int(np.count_nonzero(inside) - np.count_nonzero(kept))
+
+
+def label_pieces(mask: np.ndarray, structure: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """`scipy.ndimage.label`, with half the memory where there are no more pieces than 16 bits can count."""
+    try:
+        return ndimage.label(mask, structure, np.uint16)
+    except RuntimeError:
+        return ndimage.label(mask, structure)

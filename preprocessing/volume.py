@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import fill_voids
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
@@ -109,7 +110,7 @@ def _find_stripped_brain(volume: Volume) -> tuple[np.ndarray | None, Box]:
         if np.count_nonzero(visible) * voxel_ml < BRAIN_ML[1]:
             inside = visible
     if np.count_nonzero(inside) * voxel_ml < BRAIN_ML[1]:
-        brain = fill_holes(inside)
+        brain = fill_voids.fill(inside)
         if not (on_floor and _has_skull(values, background, brain, volume.spacing_mm[::-1])):
             return brain, find_box(inside.T)
     return None, find_box(inside.T)
@@ -167,7 +168,7 @@ def _has_skull(values: np.ndarray, background: float, inside: np.ndarray, spacin
     if empty < NOISE * np.count_nonzero(inside) and dark < DARK_SHELL / 4 * np.count_nonzero(inside):
         return False  # too little is dark for noise or a shell
     height, inside = (np.pad(part, 3) for part in (height, inside))  # room for closing
-    head = fill_holes(ndimage.binary_closing(height > threshold / 2, iterations=2))
+    head = fill_voids.fill(ndimage.binary_closing(height > threshold / 2, iterations=2))
     if np.count_nonzero(head & inside) < (1 - NOISE) * np.count_nonzero(inside):
         return True
     spacing_mm = np.multiply(spacing_mm, [along.step for along in coarse])
@@ -195,26 +196,7 @@ def _find_head(values: np.ndarray, box: Box) -> np.ndarray:
     plain = head.size > MOST_SAMPLES  # scipy keeps lists of voxels otherwise: faster, but they take a GB of 512^3
     head = ndimage.binary_opening(head, iterations=2, brute_force=plain)
     head = ndimage.binary_closing(head, iterations=3, brute_force=plain)
-    return fill_holes(head)
-
-
-def fill_holes(inside: np.ndarray) -> np.ndarray:
-    """Fill what cannot be reached from outside over faces, as `scipy.ndimage.binary_fill_holes` does, only faster."""
-    box = find_box(inside.T)
-    outside = np.pad(inside[box], 1)
-    labels, _ = label_pieces(np.logical_not(outside, out=outside))
-    del outside
-    filled = inside.copy()
-    np.not_equal(labels[1:-1, 1:-1, 1:-1], labels[0, 0, 0], out=filled[box])
-    return filled
-
-
-def label_pieces(mask: np.ndarray, structure: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """`scipy.ndimage.label`, with half the memory where there are no more pieces than 16 bits can count."""
-    try:
-        return ndimage.label(mask, structure, np.uint16)
-    except RuntimeError:
-        return ndimage.label(mask, structure)
+    return fill_voids.fill(head)
 
 
 def find_box(inside: np.ndarray) -> Box:
