@@ -105,7 +105,7 @@ def drop_stray_pieces(inside: np.ndarray) -> tuple[np.ndarray, int]:
     """
     box = find_box(inside)
     planes = inside.T[box]
-    if label_pieces(planes)[1] < 2:  # over faces alone: half the time, and most masks are one piece so
+    if label_pieces(planes)[1] < 2:  # over faces alone is faster, and most masks are one piece so
         return inside, 0
     labels, count = label_pieces(planes, np.ones((3, 3, 3)))
     if count < 2:
