@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import fill_voids
 import nibabel as nib
 import numpy as np
 import pytest
@@ -250,6 +251,14 @@ def test_values_out_of_float32_are_named(factor, tmp_path):
     nib.save(nib.Nifti1Image(head.get_fdata() * factor, head.affine), tmp_path / "a.nii")
     with pytest.raises(DataError, match=r"a\.nii: its values go up to .*, out of the range of intensities"):
         read_volume(tmp_path / "a.nii")
+
+
+def test_holes_are_filled_as_in_scipy():
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.5, 0.9, 1.0):
+        inside = rng.random((9, 11, 10)) < share
+        np.testing.assert_array_equal(fill_voids.fill(inside), ndimage.binary_fill_holes(inside))
+    assert not fill_voids.fill(np.zeros((3, 3, 3), bool)).any()
 
 
 def test_axes_and_distrusted_axes_are_handed_on(tmp_path):
